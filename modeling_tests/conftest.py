@@ -1,0 +1,30 @@
+"""The test world: one thread, no network, no GPU; real samples come from `MSGFM_SAMPLE_DATA`."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_world():
+    """Tests share two cores, and a test's numbers must not depend on the one before it."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def sample_data() -> Path:
+    """The folder of real imagery; the one skip this project allows."""
+    if "MSGFM_SAMPLE_DATA" not in os.environ:
+        pytest.skip("MSGFM_SAMPLE_DATA is unset: set it to the folder of real samples")
+    return Path(os.environ["MSGFM_SAMPLE_DATA"]).resolve()

@@ -1,0 +1,1 @@
+"""The ground floor: the files that travel with a checkpoint."""

@@ -1,0 +1,135 @@
+# Copyright 2026 The msgfm_hf contributors. Licensed under the Apache License, Version 2.0.
+"""Task heads on the msGFM trunk: image classification and semantic segmentation."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_msgfm import MsGFMConfig
+from .modeling_msgfm import MsGFMModel, MsGFMModelOutput, MsGFMPreTrainedModel, PixelValues
+
+
+@dataclass
+class MsGFMHeadOutput(ModelOutput):
+    """Output of a head.
+
+    Args:
+        loss (`torch.FloatTensor`, *optional*): of the task, plus the weighted auxiliary loss in training.
+        logits (`torch.FloatTensor`): (B, labels) for images, (B, labels, ceil(H/P), ceil(W/P)) for segmentation.
+        hidden_states, attentions, router_logits: as of `MsGFMModel`.
+        aux_loss (`torch.FloatTensor`, *optional*): auxiliary loss of the experts, unweighted.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+    aux_loss: torch.FloatTensor | None = None
+
+
+class _MsGFMHead(MsGFMPreTrainedModel):
+    # The loss has several terms or an ignored label, which a count of items cannot divide.
+    accepts_loss_kwargs = False
+
+    def _output(self, loss, logits, outputs: MsGFMModelOutput, hidden_states) -> MsGFMHeadOutput:
+        if loss is not None and self.training and outputs.aux_loss is not None:
+            loss = loss + self.config.router_aux_loss_coef * outputs.aux_loss
+        return MsGFMHeadOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            aux_loss=outputs.aux_loss,
+        )
+
+
+class MsGFMForImageClassification(_MsGFMHead):
+    """A linear classifier on the pooled features; several labels at once where `problem_type` says so."""
+
+    def __init__(self, config: MsGFMConfig):
+        super().__init__(config)
+        self.msgfm = MsGFMModel(config)
+        self.classifier = nn.Linear(self.msgfm.num_features, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: PixelValues | None = None,
+        labels: torch.Tensor | None = None,
+        bands: Mapping[str, Sequence[str]] | None = None,
+        valid_mask: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
+        reference: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MsGFMHeadOutput:
+        r"""
+        Args:
+            pixel_values, bands, valid_mask, reference: as of `MsGFMModel`.
+            labels: (B,) class ids; (B, labels) of 0/1 for `problem_type="multi_label_classification"`; (B,) numbers for
+                one label.
+        """
+        outputs = self.msgfm(pixel_values, bands=bands, valid_mask=valid_mask, reference=reference, **kwargs)
+        logits = self.classifier(outputs.pooler_output)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        return self._output(loss, logits, outputs, outputs.hidden_states)
+
+
+class MsGFMForSemanticSegmentation(_MsGFMHead):
+    """The maps of all stages, brought to the first stage's resolution, joined, and classified per pixel."""
+
+    def __init__(self, config: MsGFMConfig):
+        super().__init__(config)
+        self.msgfm = MsGFMModel(config, add_pooling_layer=False)
+        sensors = self.msgfm.num_features // config.hidden_size
+        widths = [config.embed_dim * 2**stage * sensors for stage in range(len(config.depths))]
+        self.norms = nn.ModuleList([nn.LayerNorm(width, eps=config.layer_norm_eps) for width in widths])
+        self.projections = nn.ModuleList([nn.Linear(width, config.embed_dim) for width in widths])
+        self.classifier = nn.Conv2d(config.embed_dim, config.num_labels, 1)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: PixelValues | None = None,
+        labels: torch.Tensor | None = None,
+        bands: Mapping[str, Sequence[str]] | None = None,
+        valid_mask: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
+        reference: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MsGFMHeadOutput:
+        r"""
+        Args:
+            pixel_values, bands, valid_mask, reference: as of `MsGFMModel`.
+            labels: (B, H, W) class ids; `config.semantic_loss_ignore_index` counts nowhere.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        outputs = self.msgfm(
+            pixel_values, bands=bands, valid_mask=valid_mask, reference=reference, output_hidden_states=True, **kwargs
+        )
+        maps = outputs.reshaped_hidden_states[1:]
+        joined = 0
+        for features, norm, projection in zip(maps, self.norms, self.projections, strict=True):
+            features = projection(norm(features.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+            joined = joined + F.interpolate(features, maps[0].shape[2:], mode="bilinear", align_corners=False)
+        logits = self.classifier(F.gelu(joined))
+        loss = None
+        if labels is not None:
+            # Logits belong to whole patches; where the image ends inside the last one, the rest is cut off.
+            patch = self.config.patch_size
+            full = F.interpolate(logits.float(), scale_factor=patch, mode="bilinear", align_corners=False)
+            full = full[..., : labels.shape[1], : labels.shape[2]]
+            loss = F.cross_entropy(full, labels.long(), ignore_index=self.config.semantic_loss_ignore_index)
+        return self._output(loss, logits, outputs, outputs.hidden_states if output_hidden_states else None)
+
+
+__all__ = ["MsGFMForImageClassification", "MsGFMForSemanticSegmentation"]

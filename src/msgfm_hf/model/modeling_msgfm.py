@@ -1,0 +1,1323 @@
+# Copyright 2026 The msgfm_hf contributors. Licensed under the Apache License, Version 2.0.
+"""msGFM (arXiv 2404.01260): one embedding and one decoder per sensor around a shared Swin encoder with experts.
+
+Axes, in every docstring and comment below:
+    B batch          C bands          H, W pixels
+    P patch size     L tokens         D channels
+    M tokens per window               h, w the token grid, L = h * w
+    E experts        K experts per token               T tokens of the whole batch, T = B * L
+
+Three things differ from a textbook Swin: a token may be built from any subset of sensors and bands; any height and width
+runs, the rim being padded out of sight of attention, experts and statistics; and some MLPs are mixtures of experts.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.integrations.moe import use_experts_implementation
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BackboneOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, logging
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_msgfm import MsGFMConfig
+from .masking import mask_to_pixels
+from .objective import importance_load_loss, masked_l1, predict_targets, pretraining_loss
+from .sensors import SensorSpec
+
+logger = logging.get_logger(__name__)
+
+# A new band takes over a trained kernel only from a band this close to it.
+MAX_BAND_DISTANCE_NM = 60.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Outputs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class MsGFMEncoderOutput(ModelOutput):
+    """Output of the shared encoder.
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape (B, L, D)): tokens of the last stage, before the final norm.
+        hidden_states (`tuple[torch.FloatTensor]`, *optional*): tokens after the embedding and after each stage (and its
+            merge), where `output_hidden_states=True`.
+        attentions (`tuple[torch.FloatTensor]`, *optional*): attention weights of the last block of each stage.
+        reshaped_hidden_states (`tuple[torch.FloatTensor]`, *optional*): maps (B, D, h, w) of the embedding and of each
+            stage before its merge, where `output_hidden_states=True`.
+        router_logits (`tuple[torch.FloatTensor]`, *optional*): (T, E) per block with experts, without noise.
+        selected_experts (`tuple[torch.LongTensor]`): (T, K) per block with experts; E stands for "dropped".
+        aux_loss (`torch.FloatTensor`, *optional*): auxiliary loss summed over the blocks with experts.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    reshaped_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+    selected_experts: tuple[torch.LongTensor, ...] | None = None
+    aux_loss: torch.FloatTensor | None = None
+
+
+@dataclass
+class MsGFMModelOutput(MsGFMEncoderOutput):
+    """Output of `MsGFMModel`: as of the encoder, with the final norm applied.
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape (B, L, D)): final features; with late fusion D is the hidden size
+            times the number of `config.inputs`.
+        pooler_output (`torch.FloatTensor` of shape (B, D), *optional*): mean of the tokens that have a valid pixel.
+    """
+
+    pooler_output: torch.FloatTensor | None = None
+
+
+@dataclass
+class MsGFMForPreTrainingOutput(ModelOutput):
+    """Output of `MsGFMForPreTraining`.
+
+    Args:
+        loss (`torch.FloatTensor`, *optional*): the objective; `None` where nothing is masked.
+        reconstruction: the prediction of each input's target in normalised units, (B, C_target, H, W), nested as the
+            input was: a tensor, {sensor: tensor}, or a list of such dictionaries.
+        slice_losses: the masked L1 of each input, nested as the input was; `None` where nothing is masked.
+        aux_loss (`torch.FloatTensor`, *optional*): auxiliary loss summed over the blocks with experts, unweighted.
+        slices (`list[tuple[int, str, int]]`): (source, input sensor, rows) in the order of the mixed batch.
+        hidden_states, attentions, router_logits, selected_experts: as of `MsGFMModel`, over the mixed batch.
+    """
+
+    loss: torch.FloatTensor | None = None
+    reconstruction: torch.FloatTensor | dict | list | None = None
+    slice_losses: torch.FloatTensor | dict | list | None = None
+    aux_loss: torch.FloatTensor | None = None
+    slices: list | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+    selected_experts: tuple[torch.LongTensor, ...] | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Embedding: any subset of sensors and bands -> tokens
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class MsGFMPatchEmbeddings(nn.Module):
+    """f_i of the paper (3.1) for one sensor: a convolution over P x P patches and a layer norm."""
+
+    def __init__(self, config: MsGFMConfig, num_bands: int):
+        super().__init__()
+        self.projection = nn.Conv2d(num_bands, config.embed_dim, config.patch_size, stride=config.patch_size)
+        self.norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
+
+    def forward(self, pixels: torch.Tensor, band_index: list[int] | None) -> torch.Tensor:
+        """(B, C, H, W), H and W multiples of P, with the kernel's slice for these bands -> (B, h, w, D)."""
+        weight = self.projection.weight if band_index is None else self.projection.weight[:, band_index]
+        pixels = pixels.to(weight.dtype)
+        return F.conv2d(pixels, weight, self.projection.bias, stride=self.projection.stride).permute(0, 2, 3, 1)
+
+
+class EmbeddedTokens(NamedTuple):
+    """Tokens on their way into the encoder."""
+
+    hidden_states: torch.Tensor  # (B, L, D)
+    grid: tuple[int, int]  # h, w
+    patch_valid: torch.Tensor | None  # bool (B, h, w); None: every patch has a valid pixel
+
+
+class MsGFMEmbeddings(nn.Module):
+    """The embeddings of all sensors, and the mask token they share."""
+
+    def __init__(self, config: MsGFMConfig):
+        super().__init__()
+        self.config = config
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
+        self.patch_embeddings = nn.ModuleDict(
+            {sensor: MsGFMPatchEmbeddings(config, len(spec["bands"])) for sensor, spec in config.sensors.items()}
+        )
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        pixel_values: Mapping[str, torch.Tensor],
+        bands: Mapping[str, Sequence[str]] | None = None,
+        valid_mask: Mapping[str, torch.Tensor] | None = None,
+        bool_masked_pos: torch.Tensor | None = None,
+    ) -> EmbeddedTokens:
+        """Tokens = LN(sum over sensors of conv_s(x_s)), the norm's weight and bias the mean of the sensors' present.
+
+        A sensor's term is left out, per sample and patch, where all its pixels are invalid; a patch without any valid
+        pixel, and a masked one, is the mask token. One sensor alone equals its own embedding exactly.
+
+        Args:
+            pixel_values: {sensor: (B, C, H, W)}, normalised, on one pixel grid.
+            bands: {sensor: names of its bands}.
+            valid_mask: {sensor: bool (B, H, W)}, True = valid.
+            bool_masked_pos: (B, L), bool or 0/1, 1 = masked.
+        """
+        batch_size, _, height, width = next(iter(pixel_values.values())).shape
+        patch = self.config.patch_size
+        grid = math.ceil(height / patch), math.ceil(width / patch)
+        padding = (0, grid[1] * patch - width, 0, grid[0] * patch - height)
+
+        terms, norms, valids = [], [], []
+        for sensor, pixels in pixel_values.items():
+            names = self._bands(sensor, pixels, bands)
+            if pixels.shape[0] != batch_size or pixels.shape[2:] != (height, width):
+                raise ValueError(
+                    f"`pixel_values` of all sensors must share one pixel grid {(batch_size, height, width)}, got "
+                    f"{tuple(pixels.shape)} for sensor {sensor!r}. Warp it to the others' grid first "
+                    "(for files: rasterio.warp.reproject, or gdalwarp -tr -te)."
+                )
+            spec = self.config.sensor(sensor)
+            index = spec.index(names)
+            pixels = torch.where(torch.isfinite(pixels), pixels, 0)
+            valid = None if valid_mask is None else valid_mask.get(sensor)
+            if valid is not None:
+                if tuple(valid.shape) != (batch_size, height, width):
+                    raise ValueError(
+                        f"`valid_mask` for sensor {sensor!r} must have shape {(batch_size, height, width)}, got "
+                        f"{tuple(valid.shape)}. It is one True or False per pixel, for all bands."
+                    )
+                valid = valid.to(torch.bool)
+                pixels = torch.where(valid.unsqueeze(1), pixels, 0)
+                valid = F.max_pool2d(F.pad(valid.float(), padding).unsqueeze(1), patch).squeeze(1) > 0
+            embedding = self.patch_embeddings[sensor]
+            terms.append(embedding(F.pad(pixels, padding), None if index == list(range(len(spec.bands))) else index))
+            norms.append(embedding.norm)
+            valids.append(valid)
+
+        if len(terms) == 1:
+            hidden_states, patch_valid = norms[0](terms[0]), valids[0]
+        else:
+            hidden_states, patch_valid = self._fuse(terms, norms, valids)
+
+        hidden_states = hidden_states.flatten(1, 2)
+        hidden = None if patch_valid is None else ~patch_valid.flatten(1)
+        if bool_masked_pos is not None:
+            if tuple(bool_masked_pos.shape) != (batch_size, grid[0] * grid[1]):
+                raise ValueError(
+                    f"`bool_masked_pos` must have shape {(batch_size, grid[0] * grid[1])} (one entry per patch of "
+                    f"{patch} pixels, row-major), got {tuple(bool_masked_pos.shape)}. `masking.draw_mask` makes one."
+                )
+            masked = bool_masked_pos.to(torch.bool)
+            hidden = masked if hidden is None else hidden | masked
+        if hidden is not None:
+            token = self.mask_token.to(hidden_states.dtype)
+            hidden_states = torch.where(hidden.unsqueeze(-1), token, hidden_states)
+        return EmbeddedTokens(self.dropout(hidden_states), grid, patch_valid)
+
+    def _bands(self, sensor: str, pixels: torch.Tensor, bands) -> list[str]:
+        """Names of the bands of a tensor: as given, else `config.inputs`, else all of the sensor."""
+        spec = self.config.sensor(sensor)
+        names = (bands or {}).get(sensor) or self.config.inputs.get(sensor) or spec.band_names
+        if pixels.ndim != 4 or pixels.shape[1] != len(names):
+            raise ValueError(
+                f"`pixel_values` for sensor {sensor!r} must have {len(names)} bands ({', '.join(names)}), got shape "
+                f"{tuple(pixels.shape)}. Select bands by name with `bands=`."
+            )
+        return list(names)
+
+    def _fuse(self, terms, norms, valids) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Sum the terms of several sensors where they are valid, and normalise with the mean of their norms."""
+        if all(valid is None for valid in valids):
+            weight = torch.stack([norm.weight for norm in norms]).mean(0)
+            bias = torch.stack([norm.bias for norm in norms]).mean(0)
+            return F.layer_norm(sum(terms), weight.shape, weight, bias, norms[0].eps), None
+        everywhere = torch.ones(terms[0].shape[:3], dtype=torch.bool, device=terms[0].device)
+        present = [(everywhere if valid is None else valid).unsqueeze(-1) for valid in valids]
+        total = sum(torch.where(valid, term, 0) for valid, term in zip(present, terms, strict=True))
+        count = sum(valid.to(total.dtype) for valid in present).clamp(min=1)
+        weight = sum(valid * norm.weight for valid, norm in zip(present, norms, strict=True)) / count
+        bias = sum(valid * norm.bias for valid, norm in zip(present, norms, strict=True)) / count
+        hidden_states = F.layer_norm(total, total.shape[-1:], eps=norms[0].eps) * weight + bias
+        return hidden_states, torch.stack(present).any(0).squeeze(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Window attention
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def window_partition(hidden_states: torch.Tensor, window: int, shift: int) -> torch.Tensor:
+    """Cut a token map into windows.
+
+    The map is padded right and bottom to whole windows and, for shifted windows, rolled up and left by `shift`.
+
+    Args:
+        hidden_states: (B, h, w, D).
+
+    Returns:
+        (B * windows, M, D), windows in row-major order, M = window * window.
+    """
+    batch_size, height, width, channels = hidden_states.shape
+    down, right = -height % window, -width % window
+    if down or right:
+        hidden_states = F.pad(hidden_states, (0, 0, 0, right, 0, down))
+    if shift:
+        hidden_states = torch.roll(hidden_states, (-shift, -shift), (1, 2))
+    rows, columns = (height + down) // window, (width + right) // window
+    hidden_states = hidden_states.view(batch_size, rows, window, columns, window, channels)
+    return hidden_states.transpose(2, 3).reshape(-1, window * window, channels)
+
+
+def window_reverse(windows: torch.Tensor, window: int, shift: int, grid: tuple[int, int]) -> torch.Tensor:
+    """The inverse of `window_partition`: (B * windows, M, D) -> (B, h, w, D), padding cut off."""
+    height, width = grid
+    rows, columns = math.ceil(height / window), math.ceil(width / window)
+    hidden_states = windows.view(-1, rows, columns, window, window, windows.shape[-1]).transpose(2, 3)
+    hidden_states = hidden_states.reshape(-1, rows * window, columns * window, windows.shape[-1])
+    if shift:
+        hidden_states = torch.roll(hidden_states, (shift, shift), (1, 2))
+    return hidden_states[:, :height, :width]
+
+
+def window_visibility(grid: tuple[int, int], window: int, shift: int, device) -> torch.Tensor | None:
+    """Which token of a window sees which: not padding, and not what the roll brought from the other side of the map.
+
+    Returns:
+        bool (windows, M, M), [n, query, key], or `None` if all see all. Padding sees itself, so that no row is empty.
+    """
+    padded = [size + -size % window for size in grid]
+    if not shift and padded == list(grid):
+        return None
+    regions = []
+    for size, whole in zip(grid, padded, strict=True):
+        position = torch.arange(whole, device=device)
+        # Bands along one axis after the roll: inside, the last window's own part, the part from the other side.
+        region = (position >= whole - window).long() + (position >= whole - shift).long() if shift else position * 0
+        is_padding = (position + shift) % whole >= size
+        regions.append(region + 3 * is_padding.long())
+    region = regions[0][:, None] * 6 + regions[1][None, :]
+    region = window_partition(region[None, :, :, None], window, 0).squeeze(-1)
+    return region.unsqueeze(2) == region.unsqueeze(1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention: query, key, value (N, heads, M, d), additive mask -> (N, M, heads, d) and the weights."""
+    attention = torch.matmul(query * scaling, key.transpose(2, 3)) + attention_mask
+    attention = F.softmax(attention, dim=-1, dtype=torch.float32).to(query.dtype)
+    attention = F.dropout(attention, p=dropout, training=module.training)
+    return torch.matmul(attention, value).transpose(1, 2), attention
+
+
+class MsGFMWindowAttention(nn.Module):
+    """Attention inside windows with a learned bias per relative position (Swin v1, arXiv 2103.14030)."""
+
+    def __init__(self, config: MsGFMConfig, dim: int, num_heads: int):
+        super().__init__()
+        self.config = config
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * config.window_size - 1) ** 2, num_heads))
+        self.register_buffer("relative_position_index", self.make_relative_position_index(), persistent=False)
+
+    def make_relative_position_index(self) -> torch.Tensor:
+        """(M * M,) rows of the bias table, for each query and key of a window."""
+        window = self.config.window_size
+        y, x = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
+        y, x = y.flatten(), x.flatten()
+        down, right = y[:, None] - y[None, :] + window - 1, x[:, None] - x[None, :] + window - 1
+        return (down * (2 * window - 1) + right).flatten()
+
+    def forward(
+        self, hidden_states: torch.Tensor, visible: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B * windows, M, D) and `window_visibility` -> the same shape, and attention (B * windows, heads, M, M)."""
+        windows, tokens, dim = hidden_states.shape
+        query, key, value = (
+            self.qkv(hidden_states).view(windows, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        )
+        bias = self.relative_position_bias_table.t().index_select(1, self.relative_position_index)
+        bias = bias.view(1, self.num_heads, tokens, tokens).to(query.dtype)
+        if visible is not None:
+            # A window's place in the image decides its mask: with places and heads on one axis, the mask is
+            # broadcast over the batch instead of being copied for it.
+            places = visible.shape[0]
+            bias = bias.masked_fill(~visible.unsqueeze(1), torch.finfo(bias.dtype).min / 2)
+            bias = bias.view(1, places * self.num_heads, tokens, tokens)
+            shape = (windows // places, places * self.num_heads, tokens, self.head_dim)
+            query, key, value = query.reshape(shape), key.reshape(shape), value.reshape(shape)
+
+        implementation = self.config._attn_implementation
+        if implementation == "sdpa" and torch.is_grad_enabled() and not hidden_states.is_cuda:
+            # On CPU, SDPA with a mask that needs a gradient takes an unfused path: in bf16 three times as slow.
+            implementation = "eager"
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+        context, attention = attend(self, query, key, value, bias, scaling=self.scaling, dropout=dropout, **kwargs)
+        if visible is not None:
+            context = context.transpose(1, 2).reshape(windows, self.num_heads, tokens, self.head_dim).transpose(1, 2)
+        if attention is not None:
+            attention = attention.reshape(windows, self.num_heads, tokens, tokens)
+        return self.proj(context.reshape(windows, tokens, dim)), attention
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mixture of experts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class MsGFMMLP(nn.Module):
+    """The dense MLP of a Swin block."""
+
+    def __init__(self, config: MsGFMConfig, dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, int(config.mlp_ratio * dim))
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(int(config.mlp_ratio * dim), dim)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.fc2(self.dropout(self.activation(self.fc1(hidden_states)))))
+
+
+class Routing(NamedTuple):
+    """What a router decided for T tokens."""
+
+    router_logits: torch.Tensor  # float32 (T, E), without noise
+    threshold: torch.Tensor  # float32 (T,), the K-th largest logit, with noise in training
+    selected_experts: torch.Tensor  # int64 (T, K); E = dropped
+    weights: torch.Tensor  # float32 (T, K), what each expert's output is multiplied by; 0 = dropped
+
+
+class MsGFMTopKRouter(nn.Module):
+    """Chooses K experts per token and, where there is a capacity, whom they have room for.
+
+    The gate is the softmax probability itself: for one expert per token it is not renormalised to 1, which would leave
+    the router without a gradient.
+    """
+
+    def __init__(self, config: MsGFMConfig, dim: int):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.zeros(config.num_experts, dim))
+
+    def forward(self, hidden_states: torch.Tensor) -> Routing:
+        """(T, D) -> the routing of these tokens, in float32 whatever the precision of the model."""
+        config = self.config
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            router_logits = F.linear(hidden_states.float(), self.weight.float())
+        noisy = router_logits
+        if self.training and config.router_noise > 0:
+            noisy = noisy + torch.randn_like(noisy) * (config.router_noise / config.num_experts)
+        weights, selected = noisy.softmax(-1).topk(config.num_experts_per_tok, dim=-1)
+        threshold = noisy.gather(1, selected[:, -1:]).squeeze(1)
+
+        factor = config.capacity_factor if self.training else config.eval_capacity_factor
+        if factor is not None:
+            capacity = config.num_experts_per_tok * int(factor * math.ceil(len(selected) / config.num_experts))
+            has_room = self._has_room(weights[:, 0].detach(), selected, capacity)
+            selected = torch.where(has_room, selected, config.num_experts)
+            weights = torch.where(has_room, weights, 0)
+        return Routing(router_logits, threshold, selected, weights)
+
+    @staticmethod
+    def _has_room(confidence: torch.Tensor, selected: torch.Tensor, capacity: int) -> torch.Tensor:
+        """Batch-prioritised routing (arXiv 2106.05974): the most confident tokens go first, all first choices before
+        any second. From (T,) and (T, K), bool (T, K): whether that choice finds room."""
+        tokens, choices = selected.shape
+        order = confidence.argsort(descending=True, stable=True)
+        queue = selected[order].t().reshape(-1)
+        # Each choice's place in the queue of its expert.
+        place = F.one_hot(queue).cumsum(0).gather(1, queue.unsqueeze(1)).squeeze(1)
+        has_room = torch.empty_like(selected, dtype=torch.bool)
+        has_room[order] = (place <= capacity).view(choices, tokens).t()
+        return has_room
+
+
+@use_experts_implementation(has_gate=False, has_bias=True)
+class MsGFMExperts(nn.Module):
+    """E MLPs with their weights stacked, in the layout Transformers' expert kernels read."""
+
+    def __init__(self, config: MsGFMConfig, dim: int):
+        super().__init__()
+        hidden = int(config.mlp_ratio * dim)
+        self.num_experts = config.num_experts
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.up_proj = nn.Parameter(torch.zeros(config.num_experts, hidden, dim))
+        self.up_proj_bias = nn.Parameter(torch.zeros(config.num_experts, hidden))
+        self.down_proj = nn.Parameter(torch.zeros(config.num_experts, dim, hidden))
+        self.down_proj_bias = nn.Parameter(torch.zeros(config.num_experts, dim))
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Tokens sorted by expert, one dense MLP per expert, and the weighted outputs added back.
+
+        Args:
+            hidden_states: (T, D).
+            top_k_index: int64 (T, K); E = dropped, which contributes exactly nothing.
+            top_k_weights: (T, K).
+        """
+        expert = top_k_index.flatten()
+        order = expert.argsort(stable=True)
+        counts = torch.bincount(expert, minlength=self.num_experts)[: self.num_experts].tolist()
+        order = order[: sum(counts)]
+        token = order // top_k_index.shape[1]
+        inputs = hidden_states.index_select(0, token).split(counts)
+        # `unbind` once: indexing a stacked weight per expert would make each backward fill a whole stack of zeros.
+        weights = (w.unbind(0) for w in (self.up_proj, self.up_proj_bias, self.down_proj, self.down_proj_bias))
+        outputs = [
+            F.linear(self.act_fn(F.linear(x, up, up_bias)), down, down_bias)
+            for x, up, up_bias, down, down_bias in zip(inputs, *weights, strict=True)
+        ]
+        outputs = torch.cat(outputs)
+        outputs = outputs * top_k_weights.flatten().index_select(0, order).unsqueeze(-1).to(outputs.dtype)
+        return outputs.new_zeros(hidden_states.shape).index_add(0, token, outputs)
+
+
+class MsGFMSparseMoeBlock(nn.Module):
+    """A mixture of experts in the place of an MLP (paper 3.4)."""
+
+    def __init__(self, config: MsGFMConfig, dim: int):
+        super().__init__()
+        self.config = config
+        self.router = MsGFMTopKRouter(config, dim)
+        self.experts = MsGFMExperts(config, dim)
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(B, L, D) -> the same, the router's logits (T, E), the auxiliary loss, and the selected experts (T, K)."""
+        tokens = hidden_states.flatten(0, 1)
+        routing = self.router(tokens)
+        outputs = self.experts(tokens, routing.selected_experts, routing.weights)
+        aux_loss = importance_load_loss(routing.router_logits, self.config.router_noise, routing.threshold)
+        return outputs.view_as(hidden_states), routing.router_logits, aux_loss, routing.selected_experts
+
+
+def routing_statistics(
+    output: MsGFMForPreTrainingOutput, num_experts: int, router_noise: float = 1.0
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Where the tokens of each sensor went.
+
+    Args:
+        output: of `MsGFMForPreTraining` called with `output_router_logits=True`.
+        num_experts, router_noise: of the configuration.
+
+    Returns:
+        {sensor: {"histogram": (blocks, E) share of the sensor's choices that chose each expert, dropped ones not
+        counted; "load": (blocks, E) mean router probability; "dropped": (blocks,) share of choices without room;
+        "aux_loss": (blocks,) the auxiliary loss of this sensor's tokens alone, without noise}}. Empty without experts.
+
+    Raises:
+        ValueError: if the output has no router logits.
+    """
+    if not output.selected_experts:
+        return {}
+    if not output.router_logits:
+        raise ValueError(
+            "`output` must carry router logits, got none. Call the model with `output_router_logits=True`."
+        )
+    rows = sum(count for _, _, count in output.slices)
+    tokens_per_row = len(output.selected_experts[0]) // rows
+    sensors = [sensor for _, sensor, count in output.slices for _ in range(count * tokens_per_row)]
+    statistics = {}
+    for sensor in sorted(set(sensors)):
+        mine = torch.tensor([other == sensor for other in sensors], device=output.selected_experts[0].device)
+        blocks = {"histogram": [], "load": [], "dropped": [], "aux_loss": []}
+        for logits, selected in zip(output.router_logits, output.selected_experts, strict=True):
+            logits, selected = logits[mine].detach(), selected[mine]
+            counts = torch.bincount(selected.flatten(), minlength=num_experts + 1).float() / selected.numel()
+            threshold = logits.topk(selected.shape[1], dim=-1).values[:, -1]
+            blocks["histogram"].append(counts[:num_experts])
+            blocks["load"].append(logits.softmax(-1).mean(0))
+            blocks["dropped"].append(counts[num_experts])
+            blocks["aux_loss"].append(importance_load_loss(logits, router_noise, threshold))
+        statistics[sensor] = {name: torch.stack(values) for name, values in blocks.items()}
+    return statistics
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks, stages, encoder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class MsGFMDropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): a sample's residual branch is left out with this probability."""
+
+    def __init__(self, probability: float):
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.probability == 0 or not self.training:
+            return hidden_states
+        keep = 1 - self.probability
+        shape = (hidden_states.shape[0],) + (1,) * (hidden_states.ndim - 1)
+        return hidden_states * hidden_states.new_empty(shape).bernoulli_(keep).div_(keep)
+
+
+class MsGFMLayer(GradientCheckpointingLayer):
+    """A Swin block: window attention and an MLP or experts, each behind a norm and inside a residual."""
+
+    def __init__(self, config: MsGFMConfig, dim: int, num_heads: int, drop_path: float, shifted: bool, sparse: bool):
+        super().__init__()
+        self.window_size = config.window_size
+        self.shifted = shifted
+        self.sparse = sparse
+        self.layernorm_before = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.attention = MsGFMWindowAttention(config, dim, num_heads)
+        self.drop_path = MsGFMDropPath(drop_path)
+        self.layernorm_after = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.mlp = MsGFMSparseMoeBlock(config, dim) if sparse else MsGFMMLP(config, dim)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        grid: tuple[int, int],
+        shift: int,
+        visible: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Tokens (B, L, D) of a grid (h, w) -> tokens, attention, and of experts: logits, auxiliary loss, selection.
+
+        All five leave as plain tensors so that they keep their gradients under every kind of checkpointing.
+        """
+        batch_size, _, dim = hidden_states.shape
+        windows = self.layernorm_before(hidden_states).view(batch_size, *grid, dim)
+        windows, attention = self.attention(window_partition(windows, self.window_size, shift), visible, **kwargs)
+        update = window_reverse(windows, self.window_size, shift, grid).reshape(batch_size, -1, dim)
+        hidden_states = hidden_states + self.drop_path(update)
+
+        update = self.layernorm_after(hidden_states)
+        if self.sparse:
+            update, router_logits, aux_loss, selected_experts = self.mlp(update)
+        else:
+            update, router_logits, aux_loss, selected_experts = self.mlp(update), None, None, None
+        hidden_states = hidden_states + self.drop_path(update)
+        return hidden_states, attention, router_logits, aux_loss, selected_experts
+
+
+class MsGFMPatchMerging(nn.Module):
+    """Joins 2 x 2 tokens and doubles the channels; an odd side is first padded with zeros, right and bottom."""
+
+    def __init__(self, config: MsGFMConfig, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim, eps=config.layer_norm_eps)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """(B, h * w, D) -> (B, ceil(h / 2) * ceil(w / 2), 2 D)."""
+        batch_size, _, dim = hidden_states.shape
+        height, width = grid
+        hidden_states = hidden_states.view(batch_size, height, width, dim)
+        if height % 2 or width % 2:
+            hidden_states = F.pad(hidden_states, (0, 0, 0, width % 2, 0, height % 2))
+        height, width = math.ceil(height / 2), math.ceil(width / 2)
+        # Column before row, as in Swin: channels of (even, even), (odd row, even), (even, odd column), (odd, odd).
+        hidden_states = hidden_states.view(batch_size, height, 2, width, 2, dim).permute(0, 1, 3, 4, 2, 5)
+        return self.reduction(self.norm(hidden_states.reshape(batch_size, height * width, 4 * dim)))
+
+
+class MsGFMStage(nn.Module):
+    """Blocks at one resolution, windows shifted in every second of them, and the merge to the next."""
+
+    def __init__(self, config: MsGFMConfig, stage: int, drop_path: list[float]):
+        super().__init__()
+        dim = config.embed_dim * 2**stage
+        self.window_size = config.window_size
+        self.blocks = nn.ModuleList(
+            [
+                MsGFMLayer(
+                    config,
+                    dim,
+                    config.num_heads[stage],
+                    drop_path[block],
+                    shifted=block % 2 == 1,
+                    sparse=block in config.moe_blocks[stage],
+                )
+                for block in range(config.depths[stage])
+            ]
+        )
+        self.downsample = MsGFMPatchMerging(config, dim) if stage < len(config.depths) - 1 else None
+
+    def forward(
+        self, hidden_states: torch.Tensor, grid: tuple[int, int], **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, list[torch.Tensor], list[torch.Tensor]]:
+        """Tokens (B, L, D) of a grid -> tokens after the merge, tokens before it, attention of the last block, and per
+        block with experts the auxiliary loss and the selection."""
+        # One window is enough for a map no larger than it: shifting it would only cut it up.
+        shift = 0 if min(grid) <= self.window_size else self.window_size // 2
+        visible = {s: window_visibility(grid, self.window_size, s, hidden_states.device) for s in {0, shift}}
+        attention, aux_losses, selections = None, [], []
+        for block in self.blocks:
+            block_shift = shift if block.shifted else 0
+            hidden_states, attention, _, aux_loss, selected_experts = block(
+                hidden_states, grid, block_shift, visible[block_shift], **kwargs
+            )
+            if aux_loss is not None:
+                aux_losses.append(aux_loss)
+                selections.append(selected_experts)
+        merged = hidden_states if self.downsample is None else self.downsample(hidden_states, grid)
+        return merged, hidden_states, attention, aux_losses, selections
+
+
+class MsGFMPreTrainedModel(PreTrainedModel):
+    """What all msGFM models share: initialisation, loading that reports, and new sensors."""
+
+    config: MsGFMConfig
+    base_model_prefix = "msgfm"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MsGFMStage", "MsGFMEmbeddings"]  # noqa: RUF012 - read as a list by Transformers
+    _supports_sdpa = True
+    # Flash attention takes no additive bias, flex attention reads one head of it only.
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {  # noqa: RUF012 - read as a dict by Transformers
+        "hidden_states": OutputRecorder(MsGFMStage, index=0, capture_initial_hidden_state=True),
+        "attentions": OutputRecorder(MsGFMStage, index=2, capture_initial_hidden_state=False),
+        "router_logits": OutputRecorder(MsGFMLayer, index=2, capture_initial_hidden_state=False),
+    }
+    _input_embed_layer = "patch_embeddings"
+
+    # Transformers looks for these answers in the text of the file a class is written in, which for a head is not this.
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        return super().get_correct_experts_implementation(requested_experts or "eager")
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """As in SimMIM: truncated normal everywhere, but convolutions as torch initialises them."""
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            bound = 1 / math.sqrt(module.weight[0].numel())
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, MsGFMEmbeddings):
+            init.trunc_normal_(module.mask_token, std=std)
+        elif isinstance(module, MsGFMWindowAttention):
+            init.trunc_normal_(module.relative_position_bias_table, std=std)
+            init.copy_(module.relative_position_index, module.make_relative_position_index())
+        elif isinstance(module, MsGFMTopKRouter):
+            init.trunc_normal_(module.weight, std=std)
+        elif isinstance(module, MsGFMExperts):
+            init.trunc_normal_(module.up_proj, std=std)
+            init.trunc_normal_(module.down_proj, std=std)
+            init.zeros_(module.up_proj_bias)
+            init.zeros_(module.down_proj_bias)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """As `PreTrainedModel.from_pretrained`, but an encoder that is not all in the checkpoint is an error.
+
+        Raises:
+            ValueError: naming the keys of the trunk that are missing or have another shape, unless
+                `ignore_mismatched_sizes=True` allows the latter.
+        """
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        missing = sorted(key for key in info["missing_keys"] if _is_trunk_key(key))
+        if missing and pretrained_model_name_or_path is not None:
+            shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+            raise ValueError(
+                f"`pretrained_model_name_or_path` must hold the whole encoder, got {pretrained_model_name_or_path!r} "
+                f"without {shown}. Load it with the configuration it was saved with, or convert it first."
+            )
+        return (model, info) if output_loading_info else model
+
+    def add_sensor(self, spec: SensorSpec, init_from: str | None = None) -> list[tuple[str, str | None, float | None]]:
+        """Give the model an embedding (and, where it has decoders, a decoder) for a new sensor; nothing else changes.
+
+        Args:
+            spec: the new sensor.
+            init_from: id of a sensor to start from. Each new band takes the kernel of the nearest band of that sensor
+                by wavelength, within 60 nm, or of the one with the same name; others start fresh.
+
+        Returns:
+            per band of the new sensor (band, source band or `None` for fresh, distance in nm or `None`); also printed.
+
+        Raises:
+            ValueError: if the model has a sensor of that id, or none called `init_from`.
+        """
+        config = self.config
+        if spec.id in config.sensors:
+            raise ValueError(
+                f"`spec` must be of a sensor the model does not have ({', '.join(config.sensors)}), got {spec.id!r}. "
+                "Give it another id."
+            )
+        source = None if init_from is None else config.sensor(init_from)
+        matches = [(band.name, *_nearest_band(band, source)) for band in spec.bands]
+        config.sensors = dict(sorted({**config.sensors, spec.id: spec.to_dict()}.items()))
+        embeddings = next(module for module in self.modules() if isinstance(module, MsGFMEmbeddings))
+        device, dtype = embeddings.mask_token.device, embeddings.mask_token.dtype
+        stem = MsGFMPatchEmbeddings(config, len(spec.bands)).to(device, dtype)
+        stem.apply(self._init_weights)
+        decoders = getattr(self, "decoders", None)
+        if decoders is not None:
+            decoder = make_decoder(config, len(spec.bands)).to(device, dtype)
+            decoder.apply(self._init_weights)
+        with torch.no_grad():
+            if source is not None:
+                old = embeddings.patch_embeddings[init_from]
+                stem.norm.load_state_dict(old.norm.state_dict())
+                stem.projection.bias.copy_(old.projection.bias)
+            for row, (_, band, _) in enumerate(matches):
+                if band is None:
+                    continue
+                old_row = source.band_names.index(band)
+                stem.projection.weight[:, row] = old.projection.weight[:, old_row]
+                if decoders is not None:
+                    area = config.encoder_stride**2
+                    new, old_rows = slice(row * area, (row + 1) * area), slice(old_row * area, (old_row + 1) * area)
+                    decoder.weight[new] = decoders[init_from].weight[old_rows]
+                    decoder.bias[new] = decoders[init_from].bias[old_rows]
+        embeddings.patch_embeddings = _with_sorted(embeddings.patch_embeddings, spec.id, stem)
+        if decoders is not None:
+            self.decoders = _with_sorted(decoders, spec.id, decoder)
+        for band, taken, distance in matches:
+            came = "fresh" if taken is None else f"{init_from} {taken}" + ("" if distance is None else f", {distance:g} nm")
+            print(f"{spec.id} {band} <- {came}")
+        return matches
+
+
+def _is_trunk_key(key: str) -> bool:
+    key = key.removeprefix(MsGFMPreTrainedModel.base_model_prefix + ".")
+    return key.split(".")[0] in ("embeddings", "encoder", "layernorm")
+
+
+def _with_sorted(modules: nn.ModuleDict, name: str, module: nn.Module) -> nn.ModuleDict:
+    """The modules and a new one in the order a reloaded model will have them."""
+    modules = {**modules, name: module}
+    return nn.ModuleDict({key: modules[key] for key in sorted(modules)})
+
+
+def _nearest_band(band, source: SensorSpec | None) -> tuple[str | None, float | None]:
+    """The band of `source` to start a new band from and how far away it is, in nm where wavelengths are known."""
+    if source is None:
+        return None, None
+    if band.wavelength is None:
+        return (band.name, None) if band.name in source.band_names else (None, None)
+    known = [other for other in source.bands if other.wavelength is not None]
+    nearest = min(known, key=lambda other: abs(other.wavelength - band.wavelength), default=None)
+    if nearest is None or abs(nearest.wavelength - band.wavelength) > MAX_BAND_DISTANCE_NM:
+        return None, None
+    return nearest.name, abs(nearest.wavelength - band.wavelength)
+
+
+class MsGFMEncoder(MsGFMPreTrainedModel):
+    """The shared encoder En of the paper: tokens of any sensors, in stages of falling resolution."""
+
+    def __init__(self, config: MsGFMConfig):
+        super().__init__(config)
+        blocks = sum(config.depths)
+        rates = [config.drop_path_rate * block / max(blocks - 1, 1) for block in range(blocks)]
+        starts = [sum(config.depths[:stage]) for stage in range(len(config.depths))]
+        self.layers = nn.ModuleList(
+            [MsGFMStage(config, stage, rates[start:]) for stage, start in enumerate(starts)]
+        )
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        grid: tuple[int, int],
+        output_hidden_states: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MsGFMEncoderOutput:
+        """Tokens (B, L, D) of a grid (h, w) -> tokens of the last stage and what was asked for on the way."""
+        maps = (_as_map(hidden_states, grid),) if output_hidden_states else None
+        aux_losses, selections = [], []
+        for stage in self.layers:
+            hidden_states, unmerged, _, stage_losses, stage_selections = stage(hidden_states, grid, **kwargs)
+            aux_losses += stage_losses
+            selections += stage_selections
+            if output_hidden_states:
+                maps += (_as_map(unmerged, grid),)
+            if stage.downsample is not None:
+                grid = math.ceil(grid[0] / 2), math.ceil(grid[1] / 2)
+        return MsGFMEncoderOutput(
+            last_hidden_state=hidden_states,
+            reshaped_hidden_states=maps,
+            selected_experts=tuple(selections) or None,
+            aux_loss=torch.stack(aux_losses).sum() if aux_losses else None,
+        )
+
+
+def _as_map(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """(B, h * w, D) -> (B, D, h, w)."""
+    return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], *grid)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------------------
+
+# A tensor of the checkpoint's single input sensor, or {sensor: tensor}.
+PixelValues = torch.Tensor | Mapping[str, torch.Tensor]
+
+
+def by_sensor(config: MsGFMConfig, values, argument: str) -> dict[str, torch.Tensor] | None:
+    """Name the sensor of a bare tensor: it is the single sensor of `config.inputs`.
+
+    Raises:
+        ValueError: if there are several, or the value is neither a tensor nor a dictionary of tensors.
+    """
+    if values is None:
+        return None
+    if isinstance(values, torch.Tensor):
+        if len(config.inputs) != 1:
+            raise ValueError(
+                f"`{argument}` must name its sensor where `config.inputs` has several ({', '.join(config.inputs)}), "
+                f"got a tensor of shape {tuple(values.shape)}. Pass {{sensor: tensor}}."
+            )
+        return {next(iter(config.inputs)): values}
+    if not isinstance(values, Mapping) or not values or not all(isinstance(v, torch.Tensor) for v in values.values()):
+        raise ValueError(
+            f"`{argument}` must be a tensor or a dictionary {{sensor: tensor}} with at least one entry, got "
+            f"{type(values).__name__}. Preprocess images with `MsGFMImageProcessor`."
+        )
+    return dict(values)
+
+
+# What Transformers itself sends through every forward, and no more: a misspelt argument must not vanish in `**kwargs`.
+_KNOWN_KWARGS = {*TransformersKwargs.__annotations__, "return_dict", "output_attentions", "output_hidden_states"}
+
+
+def refuse_unknown(kwargs: Mapping):
+    """Raise for a keyword argument that nothing would read.
+
+    Raises:
+        TypeError: naming it.
+    """
+    unknown = sorted(set(kwargs) - _KNOWN_KWARGS)
+    if unknown:
+        raise TypeError(
+            f"`{unknown[0]}` must be an argument of this model's forward, got {', '.join(unknown)}. Check the spelling."
+        )
+
+
+class MsGFMModel(MsGFMPreTrainedModel):
+    """The trunk: embeddings, shared encoder and final norm.
+
+    Args:
+        config: the configuration.
+        add_pooling_layer: whether to compute `pooler_output`.
+    """
+
+    def __init__(self, config: MsGFMConfig, add_pooling_layer: bool = True):
+        super().__init__(config)
+        self.embeddings = MsGFMEmbeddings(config)
+        self.encoder = MsGFMEncoder(config)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.add_pooling_layer = add_pooling_layer
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.ModuleDict:
+        return self.embeddings.patch_embeddings
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the final features: with late fusion, those of all `config.inputs` side by side."""
+        return self.config.hidden_size * (len(self.config.inputs) if self.config.fusion == "late" else 1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: PixelValues | None = None,
+        bool_masked_pos: torch.Tensor | None = None,
+        bands: Mapping[str, Sequence[str]] | None = None,
+        valid_mask: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
+        reference: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MsGFMModelOutput:
+        r"""
+        Args:
+            pixel_values: (B, C, H, W), normalised, of the single sensor of `config.inputs`; or {sensor: tensor} of any
+                subset of `config.sensors`, on one pixel grid. Any height and width.
+            bool_masked_pos: (B, ceil(H/P) * ceil(W/P)), bool or 0/1, 1 = replaced by the mask token.
+            bands: {sensor: names of its bands}; default `config.inputs`, else all bands of the sensor.
+            valid_mask: bool (B, H, W), True = valid, or {sensor: mask}; default all valid.
+            reference: heights the image processor subtracted; not read, so that its output can be passed whole.
+
+        Returns:
+            `MsGFMModelOutput`. An image without a valid pixel has features of zeros.
+
+        Raises:
+            ValueError: for an unknown sensor or band, or shapes that do not agree.
+        """
+        del reference
+        refuse_unknown(kwargs)
+        pixel_values = by_sensor(self.config, pixel_values, "pixel_values")
+        if pixel_values is None:
+            raise ValueError("`pixel_values` must be given, got None. Preprocess images with `MsGFMImageProcessor`.")
+        valid_mask = by_sensor(self.config, valid_mask, "valid_mask")
+
+        if self.config.fusion == "early":
+            slices = [pixel_values]
+        else:
+            absent = [sensor for sensor in pixel_values if sensor not in self.config.inputs]
+            if absent:
+                raise ValueError(
+                    f"`pixel_values` must be of `config.inputs` ({', '.join(self.config.inputs)}) with late fusion, "
+                    f"got {absent[0]!r}. Features are laid out in the order of `config.inputs`: add the sensor there."
+                )
+            slices = [{sensor: pixels} for sensor, pixels in pixel_values.items()]
+        parts = [self.embeddings(part, bands, valid_mask, bool_masked_pos) for part in slices]
+        grid, batch_size = parts[0].grid, len(parts[0].hidden_states)
+
+        outputs: MsGFMEncoderOutput = self.encoder(torch.cat([part.hidden_states for part in parts]), grid, **kwargs)
+        hidden_states = self.layernorm(outputs.last_hidden_state)
+        pooled = []
+        features = list(hidden_states.split(batch_size))
+        for position, part in enumerate(parts):
+            features[position], mean = self._pool(features[position], part)
+            pooled.append(mean)
+
+        def join(per_sensor: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+            if self.config.fusion == "early":
+                return per_sensor[0]
+            given = dict(zip(pixel_values, per_sensor, strict=True))
+            nothing = torch.zeros_like(per_sensor[0])
+            return torch.cat([given.get(sensor, nothing) for sensor in self.config.inputs], dim)
+
+        def join_all(states, dim):
+            if states is None:
+                return None
+            return tuple(None if state is None else join(state.split(batch_size), dim) for state in states)
+
+        return MsGFMModelOutput(
+            last_hidden_state=join(features, -1),
+            pooler_output=join(pooled, -1) if self.add_pooling_layer else None,
+            hidden_states=join_all(outputs.hidden_states, -1),
+            attentions=outputs.attentions,
+            reshaped_hidden_states=join_all(outputs.reshaped_hidden_states, 1),
+            router_logits=outputs.router_logits,
+            selected_experts=outputs.selected_experts,
+            aux_loss=outputs.aux_loss,
+        )
+
+    def _pool(self, features: torch.Tensor, part: EmbeddedTokens) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features (zeros for an image without a valid pixel) and the mean of those with a valid pixel under them."""
+        if part.patch_valid is None:
+            return features, features.mean(1)
+        side = 2 ** (len(self.config.depths) - 1)
+        valid = F.max_pool2d(part.patch_valid.float().unsqueeze(1), side, ceil_mode=True).flatten(1).unsqueeze(-1)
+        valid = valid.to(features.dtype)
+        features = features * part.patch_valid.any((1, 2))[:, None, None]
+        return features, (features * valid).sum(1) / valid.sum(1).clamp(min=1)
+
+
+class MsGFMBackbone(BackboneMixin, MsGFMPreTrainedModel):
+    """Feature maps for dense heads: one per stage, before its merge, at strides P, 2P, 4P, ... (4, 8, 16, 32)."""
+
+    def __init__(self, config: MsGFMConfig):
+        super().__init__(config)
+        self.num_features = [config.embed_dim] + [config.embed_dim * 2**stage for stage in range(len(config.depths))]
+        self.msgfm = MsGFMModel(config, add_pooling_layer=False)
+        sensors = len(config.inputs) if config.fusion == "late" else 1
+        self.num_features = [features * sensors for features in self.num_features]
+        self.hidden_states_norms = nn.ModuleDict(
+            {
+                stage: nn.LayerNorm(channels, eps=config.layer_norm_eps)
+                for stage, channels in zip(self.out_features, self.channels, strict=True)
+            }
+        )
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(
+        self,
+        pixel_values: PixelValues | None = None,
+        bands: Mapping[str, Sequence[str]] | None = None,
+        valid_mask: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
+        reference: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BackboneOutput:
+        r"""
+        Args:
+            pixel_values, bands, valid_mask, reference: as of `MsGFMModel`.
+
+        Returns:
+            `BackboneOutput` with `feature_maps`, one (B, D, h, w) per name in `out_features` ("stem", "stage1", ...).
+        """
+        outputs = self.msgfm(pixel_values, bands=bands, valid_mask=valid_mask, reference=reference, **kwargs)
+        maps = dict(zip(self.stage_names, outputs.reshaped_hidden_states, strict=True))
+        feature_maps = tuple(
+            norm(maps[stage].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            for stage, norm in self.hidden_states_norms.items()
+        )
+        return BackboneOutput(
+            feature_maps=feature_maps, hidden_states=outputs.reshaped_hidden_states, attentions=outputs.attentions
+        )
+
+
+def make_decoder(config: MsGFMConfig, num_bands: int) -> nn.Conv2d:
+    """D_i of the paper (3.2): one 1 x 1 convolution to the pixels under a token, `encoder_stride` squared per band."""
+    return nn.Conv2d(config.hidden_size, num_bands * config.encoder_stride**2, 1)
+
+
+class MsGFMForPreTraining(MsGFMPreTrainedModel):
+    """Masked image modelling of several sensors at once, of themselves and of their partners (paper, section 3)."""
+
+    def __init__(self, config: MsGFMConfig):
+        super().__init__(config)
+        self.msgfm = MsGFMModel(config, add_pooling_layer=False)
+        self.decoders = nn.ModuleDict(
+            {sensor: make_decoder(config, len(spec["bands"])) for sensor, spec in config.sensors.items()}
+        )
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: PixelValues | Sequence[Mapping[str, torch.Tensor]] | None = None,
+        bool_masked_pos: torch.Tensor | Mapping | Sequence | None = None,
+        bands: Mapping | Sequence | None = None,
+        valid_mask: torch.Tensor | Mapping | Sequence | None = None,
+        targets: Mapping[str, str] | Sequence[Mapping[str, str]] | None = None,
+        weights: float | Sequence[float] | None = None,
+        bool_loss_pos: torch.Tensor | Mapping | Sequence | None = None,
+        reference: torch.Tensor | Mapping | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MsGFMForPreTrainingOutput:
+        r"""
+        All images, whatever their sensor, are embedded, joined along the batch, encoded in one pass, and decoded by the
+        decoder of their target.
+
+        Args:
+            pixel_values: a tensor (B, C, H, W) of the single sensor of `config.inputs`; or {sensor: tensor}, paired row
+                by row; or a list of such dictionaries, one per source. All of one height and width.
+            bool_masked_pos: nested as `pixel_values`, (B, ceil(H/P) * ceil(W/P)), bool or 0/1, 1 = masked. Without it
+                nothing is masked and there is no loss.
+            bands: {sensor: names}, or a list of such, one per source; default as of `MsGFMModel`.
+            valid_mask: nested as `pixel_values`, bool (B, H, W), True = valid.
+            targets: {input sensor: sensor to predict}, or a list of such; default each itself. The target must be an
+                input of the same source, which is where its pixels come from.
+            weights: one per source, default 1.
+            bool_loss_pos: nested as `bool_masked_pos`: patches that carry the loss, default the masked ones.
+            reference: as of `MsGFMModel`.
+
+        Returns:
+            `MsGFMForPreTrainingOutput`; `loss` = sum over sources of weight * sum over slices of the masked L1
+            (`objective.masked_l1`), plus `router_aux_loss_coef` times the auxiliary loss.
+
+        Raises:
+            ValueError: for nesting, sensors, targets or shapes that do not agree.
+        """
+        del reference
+        refuse_unknown(kwargs)
+        sources = self._nest(pixel_values, "pixel_values")
+        if not sources:
+            raise ValueError("`pixel_values` must be given, got None. Preprocess images with `MsGFMImageProcessor`.")
+        masks = self._nest(bool_masked_pos, "bool_masked_pos", sources)
+        loss_masks = masks if bool_loss_pos is None else self._nest(bool_loss_pos, "bool_loss_pos", sources)
+        valids = self._nest(valid_mask, "valid_mask", sources)
+        bands = [None] * len(sources) if bands is None else [bands] if isinstance(bands, Mapping) else list(bands)
+        targets = self._targets(targets, sources)
+        if weights is None or not isinstance(weights, Sequence):
+            weights = [1.0 if weights is None else weights] * len(sources)
+        for name, values in (("bands", bands), ("weights", weights)):
+            if len(values) != len(sources):
+                raise ValueError(
+                    f"`{name}` must have one entry per source ({len(sources)}), got {len(values)}. Add or drop some."
+                )
+
+        parts, slices = [], []
+        for index, source in enumerate(sources):
+            for sensor, pixels in source.items():
+                mask = masks[index].get(sensor) if masks else None
+                valid = {sensor: valids[index][sensor]} if valids and sensor in valids[index] else None
+                parts.append(self.msgfm.embeddings({sensor: pixels}, bands[index], valid, mask))
+                slices.append((index, sensor, len(pixels)))
+        grid = parts[0].grid
+        for part, (index, sensor, _) in zip(parts, slices, strict=True):
+            if part.grid != grid:
+                raise ValueError(
+                    f"`pixel_values` of all sources must have one height and width, got token grids {grid} and "
+                    f"{part.grid} (sensor {sensor!r} of source {index}). Crop them to `config.image_size`."
+                )
+        outputs: MsGFMEncoderOutput = self.msgfm.encoder(
+            torch.cat([part.hidden_states for part in parts]), grid, **kwargs
+        )
+        features = self.msgfm.layernorm(outputs.last_hidden_state).split([rows for _, _, rows in slices])
+
+        reconstructions: list[dict] = [{} for _ in sources]
+        for (index, sensor, _), tokens, part in zip(slices, features, parts, strict=True):
+            reconstructions[index][sensor] = self.msgfm._pool(tokens, part)[0]
+        losses: list[dict] = [{} for _ in sources]
+        for index, source in enumerate(sources):
+            decoders = {
+                sensor: self._decoder(sensor, bands[index], grid, pixels) for sensor, pixels in source.items()
+            }
+            reconstructions[index] = predict_targets(reconstructions[index], decoders, targets[index])
+            for sensor, prediction in reconstructions[index].items() if masks else ():
+                target = targets[index][sensor]
+                counted = mask_to_pixels(
+                    loss_masks[index][sensor].to(torch.bool), *prediction.shape[2:], self.config.patch_size
+                )
+                if valids and target in valids[index]:
+                    counted = counted & valids[index][target].to(torch.bool)
+                wanted = source[target]
+                wanted = torch.where(torch.isfinite(wanted), wanted, 0)
+                losses[index][sensor] = masked_l1(prediction, wanted, counted)
+
+        loss = None
+        if masks:
+            loss = pretraining_loss(losses, list(weights), outputs.aux_loss, self.config.router_aux_loss_coef)
+        return MsGFMForPreTrainingOutput(
+            loss=loss,
+            reconstruction=_unnest(reconstructions, pixel_values),
+            slice_losses=_unnest(losses, pixel_values) if masks else None,
+            aux_loss=outputs.aux_loss,
+            slices=slices,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            selected_experts=outputs.selected_experts,
+        )
+
+    def _nest(self, values, argument: str, like: list[dict] | None = None) -> list[dict[str, torch.Tensor]]:
+        """A tensor, a dictionary or a list of dictionaries -> a list of dictionaries, checked against the input's."""
+        if values is None:
+            return []
+        if isinstance(values, torch.Tensor | Mapping):
+            values = [values]
+        nested = [by_sensor(self.config, value, argument) for value in values]
+        if like is not None and argument != "valid_mask" and [set(v) for v in nested] != [set(v) for v in like]:
+            raise ValueError(
+                f"`{argument}` must be nested as `pixel_values` ({[sorted(v) for v in like]}), got "
+                f"{[sorted(v) for v in nested]}. Give one entry per input."
+            )
+        if like is not None and len(nested) != len(like):
+            raise ValueError(
+                f"`{argument}` must have one entry per source ({len(like)}), got {len(nested)}. Add or drop some."
+            )
+        return nested
+
+    def _targets(self, targets, sources: list[dict]) -> list[dict[str, str]]:
+        if targets is None:
+            targets = [{} for _ in sources]
+        elif isinstance(targets, Mapping):
+            targets = [targets]
+        if len(targets) != len(sources):
+            raise ValueError(
+                f"`targets` must have one entry per source ({len(sources)}), got {len(targets)}. Add or drop some."
+            )
+        complete = []
+        for source, given in zip(sources, targets, strict=True):
+            for sensor, target in given.items():
+                if sensor not in source or target not in source:
+                    raise ValueError(
+                        f"`targets` must map an input to an input of the same source ({', '.join(source)}), got "
+                        f"{sensor!r} -> {target!r}. A target's pixels come from its own input."
+                    )
+            complete.append({sensor: given.get(sensor, sensor) for sensor in source})
+        return complete
+
+    def _decoder(self, sensor: str, bands, grid: tuple[int, int], pixels: torch.Tensor):
+        """D of a sensor, for the bands its input has: features (B, L, D) -> (B, C, H, W)."""
+        spec, stride = self.config.sensor(sensor), self.config.encoder_stride
+        index = spec.index(self.msgfm.embeddings._bands(sensor, pixels, bands))
+        convolution = self.decoders[sensor]
+        merges = 2 ** (len(self.config.depths) - 1)
+        final = math.ceil(grid[0] / merges), math.ceil(grid[1] / merges)
+        height, width = pixels.shape[2:]
+
+        def decode(features: torch.Tensor) -> torch.Tensor:
+            weight, bias = convolution.weight, convolution.bias
+            if index != list(range(len(spec.bands))):
+                weight = weight.view(len(spec.bands), stride**2, *weight.shape[1:])[index].flatten(0, 1)
+                bias = bias.view(len(spec.bands), stride**2)[index].flatten()
+            return F.pixel_shuffle(F.conv2d(_as_map(features, final), weight, bias), stride)[..., :height, :width]
+
+        return decode
+
+
+def _unnest(values: list[dict], like):
+    """Nest results as the input `like` was."""
+    if isinstance(like, torch.Tensor):
+        return next(iter(values[0].values()))
+    return values[0] if isinstance(like, Mapping) else values
+
+
+class ParameterCount(NamedTuple):
+    """Parameters of a model, and those that one pass uses."""
+
+    total: int
+    active: int
+
+
+def count_parameters(
+    model: MsGFMPreTrainedModel, inputs: Sequence[str] = ("rgb",), targets: Sequence[str] = ("rgb",)
+) -> ParameterCount:
+    """Count parameters: all, and those active when images of `inputs` are turned into `targets`.
+
+    Active are the embeddings of the inputs, the decoders of the targets, and of every E experts the K that see a token.
+
+    Args:
+        model: any msGFM model.
+        inputs: sensors that go in.
+        targets: sensors that come out; read only where the model has decoders.
+
+    Raises:
+        ValueError: for a sensor the model does not have.
+    """
+    for sensor in (*inputs, *targets):
+        model.config.sensor(sensor)
+    share = model.config.num_experts_per_tok / model.config.num_experts
+    total = active = 0
+    for name, parameter in model.named_parameters():
+        total += parameter.numel()
+        path = name.split(".")
+        if "patch_embeddings" in path and path[path.index("patch_embeddings") + 1] not in inputs:
+            continue
+        if path[0] == "decoders" and path[1] not in targets:
+            continue
+        active += int(parameter.numel() * share) if "experts" in path else parameter.numel()
+    return ParameterCount(total, active)
+
+
+__all__ = [
+    "MsGFMBackbone",
+    "MsGFMForPreTraining",
+    "MsGFMModel",
+    "MsGFMPreTrainedModel",
+    "count_parameters",
+    "routing_statistics",
+]
