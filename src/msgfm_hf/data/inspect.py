@@ -1,0 +1,363 @@
+"""What is in a folder of shards: a report in words and numbers, and a contact sheet."""
+
+import dataclasses
+import functools
+import os
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from msgfm_hf.data.shards import CorruptShardError, ShardImage, ShardSource, find_sources, shard_splits
+from msgfm_hf.model.image_processing_msgfm import MsGFMImageProcessor
+from msgfm_hf.model.sensors import SENSORS
+
+_FOOTNOTE = "Each band is stretched from its 2nd to its 98th percentile in the panel. Magenta: no data."
+_UNIT_SYMBOLS = {"db": "dB", "metres": "m"}
+
+
+def inspect_shards(path, verify: bool = False, rows: int = 32) -> str:
+    """A report on one source, or on every source in a folder.
+
+    Rows and places per split, places that occur in more than one; per sensor bands, units, dtype, sizes, ground
+    sampling distance, dates, and per band minimum, median and maximum of valid pixels, stored and in the physical unit
+    of the sensor (not clipped).
+
+    Args:
+        path (`str` or `Path`): folder of a source, or of several.
+        verify (`bool`): read everything, with page checksums, and list the damaged rows.
+        rows (`int`): how many rows of a source the values are measured on, spread evenly.
+
+    Returns:
+        `str`: the report.
+
+    Raises:
+        ValueError: if there are no shards.
+        CorruptShardError: without `verify`, at the first damaged file or row that is met.
+    """
+    return "\n\n".join(_report(folder, verify, rows) for folder in find_sources(path))
+
+
+def contact_sheet(path, out_png, split: str | None = None, rows: int | None = None, seed: int = 0) -> Path:
+    """Draw samples as a picture: a line per row, a panel per sensor (radar: per band).
+
+    Three-band panels show red, green and blue; others one band with a colour bar in its physical unit. Each
+    band is stretched from the 2nd to the 98th percentile of its valid pixels; invalid pixels are magenta; a bar gives
+    the scale.
+
+    Args:
+        path (`str` or `Path`): folder of a source, or of several.
+        out_png (`str` or `Path`): the picture.
+        split (`str`, *optional*): the split; by default `train` where there is one, else the first.
+        rows (`int`, *optional*): rows per source; 4 by default, 1 for a folder of several.
+        seed (`int`): which rows.
+
+    Returns:
+        `Path`: `out_png`.
+
+    Raises:
+        ValueError: if there are no shards, or not this split.
+    """
+    from matplotlib.figure import Figure
+
+    folders = find_sources(path)
+    count = rows or (4 if len(folders) == 1 else 1)
+    lines = []
+    for folder in folders:
+        splits = shard_splits(folder)
+        source = ShardSource(folder, split or ("train" if "train" in splits else splits[0]))
+        picked = np.random.default_rng(seed).permutation(len(source))[:count]
+        lines += [(source, source.read(int(number))) for number in sorted(picked)]
+    panels = [_panels(source, row) for source, row in lines]
+    # Inches. A line has a strip for its heading above the panels; a column has one for a colour bar if it needs it.
+    panel, bar, heading, caption, margin = 2.6, 0.75, 0.34, 0.26, 0.15
+    lefts, right = [], margin
+    for column in range(max(map(len, panels))):
+        lefts.append(right)
+        barred = any(len(line) > column and line[column].values.ndim == 2 for line in panels)
+        right += panel + margin + bar * barred
+    line_height = heading + caption + panel + margin
+    width, height = max(right, 5.0), len(lines) * line_height + heading
+    figure = Figure(figsize=(width, height), dpi=110)
+    figure.text(margin / width, 0.12 / height, _FOOTNOTE, fontsize=7)
+    for number, ((source, row), line) in enumerate(zip(lines, panels, strict=True)):
+        top = height - number * line_height
+        figure.text(margin / width, (top - heading) / height, _heading(source, row), fontsize=9, weight="bold")
+        for left, shown in zip(lefts, line, strict=False):
+            bottom = top - heading - caption - panel
+            axes = figure.add_axes((left / width, bottom / height, panel / width, panel / height))
+            axes.set_anchor("NW")
+            drawn = _draw(axes, shown)
+            if shown.values.ndim == 2:
+                strip = figure.add_axes(((left + panel + 0.08) / width, bottom / height, 0.11 / width, panel / height))
+                strip.tick_params(labelsize=7)
+                figure.colorbar(drawn, cax=strip).set_label(shown.unit, fontsize=8, labelpad=2)
+    out_png = Path(out_png)
+    out_png.parent.mkdir(parents=True, exist_ok=True)
+    partial = out_png.with_name(f".{out_png.name}.partial")
+    figure.savefig(partial, format="png")
+    os.replace(partial, out_png)
+    return out_png
+
+
+class _Panel(NamedTuple):
+    title: str
+    values: np.ndarray  # (H, W) in `unit`, or (H, W, 3); NaN where invalid
+    unit: str
+    gsd: float | None
+
+
+def _report(folder: str, verify: bool, rows: int) -> str:
+    sources, damaged = {}, []
+    for split in shard_splits(folder):
+        try:
+            sources[split] = ShardSource(folder, split)
+        except CorruptShardError as error:
+            if not verify:
+                raise
+            damaged.append(str(error))
+    if not sources:
+        return "\n".join([f"{folder}: no readable split", *damaged])
+    metadata = {split: source.read_metadata() for split, source in sources.items()}
+    places = {split: Counter(row["group_id"] for row in table) for split, table in metadata.items()}
+    source = next(iter(sources.values()))
+    total = sum(map(len, metadata.values()))
+    kind = "paired " + " + ".join(source.sensors) if len(source.sensors) > 1 else f"unpaired {source.sensors[0]}"
+    lines = [f"{source.name}: {_plural(total, 'row')}, {kind}, {folder}"]
+    for split, counts in places.items():
+        named = [f"{place} ({n})" for place, n in sorted(counts.items())]
+        more = f" and {len(named) - 8} more" if len(named) > 8 else ""
+        shown = ", ".join(named[:8]) + more
+        lines.append(f"  {split:<6}{_plural(len(metadata[split]), 'row')}, {_plural(len(counts), 'place')}: {shown}")
+    holders = Counter(place for counts in places.values() for place in counts)
+    shared = sorted(place for place, n in holders.items() if n > 1)
+    lines.append(f"  places in more than one split: {', '.join(shared) or 'none'}")
+    everything = [row for table in metadata.values() for row in table]
+    numbers = np.unique(np.linspace(0, total - 1, min(rows, total)).round().astype(int))
+    for sensor in source.sensors:
+        lines += _sensor_report(source, sensor, [row["images"][sensor] for row in everything])
+        lines += _value_report(source, sensor, list(_images(sources, sensor, numbers, damaged, verify)))
+    lines.append(f"  values measured on {len(numbers)} of {_plural(total, 'row')}")
+    if verify:
+        for split in sources.values():
+            damaged += _damaged_rows(split)
+        damaged = list(dict.fromkeys(damaged))
+        verdict = f"{len(damaged)} damaged" if damaged else "all rows are sound"
+        lines.append(f"  verified with page checksums: {verdict}")
+        lines += [f"    {reason}" for reason in damaged]
+    return "\n".join(lines)
+
+
+def _images(sources, sensor, numbers, damaged, verify):
+    offset = 0
+    for source in sources.values():
+        for number in numbers[(numbers >= offset) & (numbers < offset + len(source))]:
+            try:
+                yield source.read(int(number) - offset, verify=verify)["images"][sensor]
+            except CorruptShardError as error:
+                if not verify:
+                    raise
+                damaged.append(str(error))
+        offset += len(source)
+
+
+def _damaged_rows(source: ShardSource) -> list[str]:
+    reasons = []
+    for number in range(len(source)):
+        try:
+            source.read(number, verify=True)
+        except CorruptShardError as error:
+            reasons.append(str(error))
+    return reasons
+
+
+def _sensor_report(source, sensor, metas) -> list[str]:
+    sizes = Counter("{1} x {2}".format(*meta["shape"]) for meta in metas)
+    facts = [f"{source.dtypes[sensor]}, unit {source.units[sensor]}"]
+    if source.levels[sensor]:
+        facts.append(f"level {source.levels[sensor]}")
+    facts.append(", ".join(f"{size} px" for size in sizes) if len(sizes) < 4 else f"{len(sizes)} sizes")
+    facts.append(f"gsd {_range([meta['gsd'] for meta in metas], ' m')}")
+    facts.append(f"dates {_range([meta['datetime'] for meta in metas])}")
+    factors = sorted({(meta["scale"], meta["offset"]) for meta in metas})
+    factors = [f"stored * {scale:.6g} {'-' if offset < 0 else '+'} {abs(offset):.6g}" for scale, offset in factors]
+    physical = " or ".join(factors) if len(factors) < 4 else f"stored * scale + offset, {len(factors)} pairs of them"
+    nodata = sorted({str(meta["nodata"]) for meta in metas if meta["nodata"] is not None})
+    grids = sorted({str(meta["crs"]) for meta in metas})
+    return [
+        f"  {sensor}: {', '.join(facts)}",
+        f"    physical = {physical}; nodata {', '.join(nodata) or 'none'}; "
+        f"{', '.join(grids) if len(grids) < 6 else f'{len(grids)} coordinate systems'}",
+    ]
+
+
+def _value_report(source, sensor, images) -> list[str]:
+    unit = _physical_unit(sensor, source.units[sensor])
+    header = ("band", "nm", "stored min", "median", "max", f"{unit} min", "median", "max")
+    stored = [np.where(image.valid_mask(), image.pixels.astype(np.float64), np.nan) for image in images]
+    physical = [_physical(sensor, image, source.levels[sensor]) for image in images]
+    table = [header]
+    for position, band in enumerate(source.bands[sensor]):
+        line = [band, _wavelength(sensor, band)]
+        for values in (stored, physical):
+            seen = np.concatenate([image[position].ravel() for image in values]) if values else np.array([])
+            seen = seen[np.isfinite(seen)]
+            line += [f"{f(seen):.5g}" if len(seen) else "-" for f in (np.min, np.median, np.max)]
+        table.append(tuple(line))
+    widths = [max(len(line[column]) for line in table) for column in range(len(header))]
+    lines = []
+    for line in table:
+        numbers = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        lines.append("    " + "  ".join([line[0].ljust(widths[0]), *numbers]))
+    invalid = np.mean(np.concatenate([~image.valid_mask().ravel() for image in images])) if images else 0.0
+    return [*lines, f"    invalid pixels: {100 * invalid:.3g} %"]
+
+
+@functools.lru_cache(maxsize=16)
+def _processor(sensor: str) -> MsGFMImageProcessor:
+    """Radiometry without clipping: a report shows what is there, outliers too."""
+    spec = SENSORS[sensor]
+    bands = tuple(dataclasses.replace(band, clip=None) for band in spec.bands)
+    return MsGFMImageProcessor(sensors={sensor: dataclasses.replace(spec, bands=bands)})
+
+
+def _physical(sensor: str, image: ShardImage, level: str | None) -> np.ndarray:
+    """Float `(C, H, W)` in the unit of the sensor's statistics, NaN where invalid; for a sensor that the catalogue does
+    not know, in the image's own."""
+    if sensor not in SENSORS:
+        values = image.pixels.astype(np.float64) * image.scale + image.offset
+        return np.where(image.valid_mask(), values, np.nan)
+    processor, spec = _processor(sensor), SENSORS[sensor]
+    reference = None if spec.reference is None else 0.0
+    normalised = processor.radiometry(
+        torch.from_numpy(np.array(image.pixels))[None],
+        torch.from_numpy(image.valid_mask())[None],
+        sensor,
+        bands=image.bands,
+        unit=image.units,
+        scale=image.scale,
+        offset=image.offset_dn,
+        level=level,
+        reference=reference,
+    )
+    physical = processor.inverse_radiometry(
+        normalised.values,
+        normalised.valid_mask,
+        sensor,
+        bands=image.bands,
+        unit=spec.unit,
+        scale=1.0,
+        offset=0.0,
+        level=level,
+        reference=reference,
+    )
+    return physical[0].numpy()
+
+
+def _physical_unit(sensor: str, units: str) -> str:
+    unit = SENSORS[sensor].unit if sensor in SENSORS else units
+    return _UNIT_SYMBOLS.get(unit, unit)
+
+
+def _wavelength(sensor: str, band: str) -> str:
+    found = SENSORS[sensor].select([band])[0].wavelength if sensor in SENSORS else None
+    return "-" if found is None else f"{found:g}"
+
+
+def _panels(source: ShardSource, row: dict) -> list[_Panel]:
+    panels = []
+    for sensor, image in row["images"].items():
+        values = _physical(sensor, image, source.levels[sensor])
+        unit = _physical_unit(sensor, source.units[sensor])
+        colours = _positions(sensor, image.bands, ("red", "green", "blue"))
+        if len(colours) == 3:
+            shown = [(f"{sensor}: {', '.join(image.bands[c] for c in colours)}", np.moveaxis(values[colours], 0, -1))]
+        else:
+            # Without true colour: both of two bands, else the one that shows land best.
+            chosen = list(range(len(image.bands)))
+            if len(chosen) > 2:
+                chosen = _positions(sensor, image.bands, ("nir", "red")) or chosen[:1]
+            shown = [(f"{sensor}: {image.bands[c]}", values[c]) for c in chosen]
+        panels += [_Panel(title, picture, unit, image.gsd) for title, picture in shown]
+    return panels
+
+
+def _positions(sensor: str, bands: list[str], colours) -> list[int]:
+    positions = []
+    for colour in colours if sensor in SENSORS else ():
+        try:
+            band = SENSORS[sensor].resolve(colour)
+        except ValueError:
+            continue
+        if band in bands:
+            positions.append(bands.index(band))
+    return positions
+
+
+def _heading(source: ShardSource, row: dict) -> str:
+    dates = list(dict.fromkeys(image.datetime for image in row["images"].values() if image.datetime))
+    return "  |  ".join([f"{source.name} {source.split}", row["key"], *([" / ".join(dates)] if dates else [])])
+
+
+def _draw(axes, panel: _Panel):
+    low, high = _stretch(panel.values)
+    height, width = panel.values.shape[:2]
+    axes.set_title(panel.title, fontsize=8, loc="left", pad=3)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    if panel.values.ndim == 3:
+        picture = np.clip((panel.values - low) / (high - low), 0, 1)
+        picture[np.isnan(panel.values).any(axis=-1)] = (1.0, 0.0, 1.0)
+        drawn = axes.imshow(picture, interpolation="nearest")
+    else:
+        from matplotlib import colormaps
+
+        colours = colormaps["viridis" if panel.unit == "m" else "gray"].with_extremes(bad="magenta")
+        drawn = axes.imshow(panel.values, cmap=colours, vmin=low, vmax=high, interpolation="nearest")
+    if panel.gsd:
+        length = _round_length(width * panel.gsd / 3)
+        left, top = width * 0.04, height * 0.93
+        for colour, thickness in (("black", 4.5), ("white", 2.5)):
+            ends = [left, left + length / panel.gsd]
+            axes.plot(ends, [top, top], color=colour, linewidth=thickness, solid_capstyle="butt")
+        axes.text(
+            left,
+            top - height * 0.025,
+            f"{length:g} m" if length < 1000 else f"{length / 1000:g} km",
+            color="white",
+            fontsize=7,
+            va="bottom",
+            bbox={"facecolor": "black", "alpha": 0.55, "pad": 1.2, "linewidth": 0},
+        )
+        axes.set_xlim(-0.5, width - 0.5)
+        axes.set_ylim(height - 0.5, -0.5)
+    return drawn
+
+
+def _stretch(values: np.ndarray):
+    """2nd and 98th percentile of the valid pixels: floats for one band, one per band for `(H, W, 3)`."""
+    axis = (0, 1)
+    if np.isnan(values).all(axis=axis).any():
+        return 0.0, 1.0
+    low, high = np.nanpercentile(values, (2, 98), axis=axis)
+    return low, np.maximum(high, low + 1e-6)
+
+
+def _round_length(metres: float) -> float:
+    """The largest of 1, 2, 5, 10, 20, 50, ... metres (or a tenth of it, ...) that is not longer."""
+    power = 10.0 ** np.floor(np.log10(metres))
+    return float(max(step * power for step in (1, 2, 5) if step * power <= metres))
+
+
+def _range(values, unit: str = "") -> str:
+    known = sorted({round(value, 4) if isinstance(value, float) else value for value in values if value is not None})
+    if not known:
+        return "unknown"
+    text = f"{known[0]}{unit}" if len(known) == 1 else f"{known[0]} to {known[-1]}{unit}"
+    return text if all(value is not None for value in values) else f"{text}, some unknown"
+
+
+def _plural(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"

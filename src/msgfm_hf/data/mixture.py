@@ -1,0 +1,248 @@
+"""The mixture: which rows of which source come at which step, and the crops that leave the workers.
+
+The only state of the data is the step. Step t of rank r takes from every source the positions [(t W + r) B, +B) of an
+endless shuffled order, and every random draw is seeded by its position. So nothing depends on the number of workers,
+and a run resumes at any step without a row lost or repeated.
+"""
+
+import math
+import zlib
+
+import numpy as np
+from torch.utils.data import Dataset, Sampler
+
+from msgfm_hf.data.shards import BLOCK_ROW_GROUPS, CorruptShardError, ShardImage, ShardSource, valid_pixels
+
+
+class SourceOrder:
+    """An endless order over the rows of a source: every row once per epoch, each epoch in another order.
+
+    Row groups are permuted over the whole epoch and rows within blocks of a few row groups, so that reading stays
+    sequential enough. Nothing but the current block is held in memory.
+
+    Args:
+        row_groups (`list[tuple]`): `(file, row group, first row, rows)`, as in `ShardSource.row_groups`.
+        name (`str`): the source's name; part of the seed.
+        seed (`int`): the run's seed.
+        block (`int`): row groups per block.
+    """
+
+    def __init__(self, row_groups: list[tuple], name: str, seed: int, block: int = BLOCK_ROW_GROUPS):
+        self.seed = [seed, zlib.crc32(name.encode())]
+        self.block = block
+        self._first = np.array([first for _, _, first, _ in row_groups])
+        self._rows = np.array([rows for _, _, _, rows in row_groups])
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._blocks: dict[tuple[int, int], np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return int(self._rows.sum())
+
+    def __getitem__(self, position: int) -> int:
+        """The row at a position; the epoch is `position // len(self)`."""
+        epoch, place = divmod(position, len(self))
+        if epoch not in self._epochs:
+            groups = np.random.default_rng([*self.seed, epoch, 1]).permutation(len(self._rows))
+            starts = np.concatenate([[0], np.cumsum(self._rows[groups])[:-1]])[:: self.block]
+            _keep_two(self._epochs, epoch, (groups, starts))
+        groups, starts = self._epochs[epoch]
+        block = int(np.searchsorted(starts, place, side="right")) - 1
+        if (epoch, block) not in self._blocks:
+            members = groups[block * self.block : (block + 1) * self.block]
+            rows = np.concatenate([np.arange(self._first[g], self._first[g] + self._rows[g]) for g in members])
+            rows = np.random.default_rng([*self.seed, epoch, block + 2]).permutation(rows)
+            _keep_two(self._blocks, (epoch, block), rows)
+        return int(self._blocks[epoch, block][place - starts[block]])
+
+
+def _keep_two(cache: dict, key, value):
+    # A batch may straddle a border, so the one before stays.
+    while len(cache) > 1:
+        cache.pop(next(iter(cache)))
+    cache[key] = value
+
+
+class MixtureSampler(Sampler):
+    """Yields, step by step, the `(source, position)` pairs of one rank: a batch sampler for a `DataLoader`.
+
+    Step t holds, for every source i in turn, the positions (t W + r) B_i .. (t W + r + 1) B_i - 1.
+
+    Args:
+        batch_sizes (`list[int]`): B_i, samples of each source per step and rank.
+        max_steps (`int`): the step to stop before.
+        start_step (`int`): the step to begin with, where a run resumes.
+        rank, world_size (`int`): r and W.
+
+    Raises:
+        ValueError: for batch sizes below 1 or a rank outside the world.
+    """
+
+    def __init__(self, batch_sizes: list[int], max_steps: int, start_step: int = 0, rank: int = 0, world_size: int = 1):
+        if not batch_sizes or min(batch_sizes) < 1:
+            raise ValueError(f"`batch_sizes` must be at least 1 each, got {batch_sizes}. Drop a source to skip it.")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"`rank` must be in [0, {world_size}), got {rank}. Ranks count from 0.")
+        self.batch_sizes, self.max_steps, self.start_step = list(batch_sizes), max_steps, start_step
+        self.rank, self.world_size = rank, world_size
+
+    def __len__(self) -> int:
+        return max(0, self.max_steps - self.start_step)
+
+    def __iter__(self):
+        for step in range(self.start_step, self.max_steps):
+            turn = step * self.world_size + self.rank
+            yield [
+                (source, position)
+                for source, size in enumerate(self.batch_sizes)
+                for position in range(turn * size, (turn + 1) * size)
+            ]
+
+
+def steps_per_epoch(rows: list[int], batch_sizes: list[int], world_size: int = 1) -> int:
+    """Steps until the longest source has been seen once; shorter ones go round."""
+    return max(math.ceil(n / (size * world_size)) for n, size in zip(rows, batch_sizes, strict=True))
+
+
+class MixtureDataset(Dataset):
+    """Cropped and flipped samples in the stored dtype, by `(source, position)`.
+
+    A fixed-size window is cut at random and mirrored along each axis with probability one half, the same for all
+    sensors of a row. Mirroring is a symmetry of nadir imagery; for SAR it exchanges the side of the shadows, which is
+    what the other orbit direction does too. Images smaller than the window are padded at the right and the bottom with
+    invalid zeros. The draws are seeded by (seed, source name, position).
+
+    Args:
+        sources (`list[ShardSource]`): the sources.
+        orders (`list[SourceOrder]`): their orders.
+        image_size (`int`): the side of the crops in pixels.
+        seed (`int`): the run's seed.
+        max_bad (`int`): how many damaged rows in succession may be skipped for one sample.
+
+    Raises:
+        ValueError: if orders and sources disagree, or the images of a row differ in size.
+        CorruptShardError: after `max_bad` damaged rows in succession.
+    """
+
+    def __init__(
+        self, sources: list[ShardSource], orders: list[SourceOrder], image_size: int, seed: int, max_bad: int = 16
+    ):
+        if [len(source) for source in sources] != [len(order) for order in orders]:
+            raise ValueError(
+                f"`orders` must cover the rows of `sources`, {[len(source) for source in sources]}, "
+                f"got {[len(order) for order in orders]}. Build each from its source's `row_groups`."
+            )
+        self.sources, self.orders = sources, orders
+        self.image_size, self.seed, self.max_bad = image_size, seed, max_bad
+
+    def __getitem__(self, item: tuple[int, int]) -> dict:
+        """One sample.
+
+        Returns:
+            `dict`: `source` (int), `position` (int), `key` (str), `group_id` (str), `images`: per sensor `pixels`
+            `(C, image_size, image_size)` in the stored dtype, `valid` bool `(image_size, image_size)`, `scale` and
+            `offset_dn` (physical = (stored + offset_dn) * scale); `bad`: `(row, reason)` of every damaged row that
+            this one stands in for.
+        """
+        index, position = item
+        source, order = self.sources[index], self.orders[index]
+        row, bad = None, []
+        while row is None:
+            number = order[position + len(bad)]
+            try:
+                # The first pass checks the page checksums; later ones trust the disk and run at full speed.
+                row = source.read(number, verify=position < len(order))
+            except CorruptShardError as error:
+                bad.append((f"{source.name}[{number}]", str(error)))
+                if len(bad) > self.max_bad:
+                    raise
+        height, width = _shared_size(row, source.path)
+        generator = np.random.default_rng([self.seed, zlib.crc32(source.name.encode()), position])
+        top = int(generator.integers(max(height - self.image_size, 0) + 1))
+        left = int(generator.integers(max(width - self.image_size, 0) + 1))
+        down, across = (-1 if flip else 1 for flip in generator.integers(2, size=2))
+        images = {}
+        for sensor, image in row["images"].items():
+            images[sensor] = crop(image, top, left, self.image_size, down, across)
+        return {
+            "source": index,
+            "position": position,
+            "key": row["key"],
+            "group_id": row["group_id"],
+            "images": images,
+            "bad": bad,
+        }
+
+    def __getitems__(self, items: list[tuple[int, int]]) -> list[dict]:
+        return [self[item] for item in items]
+
+
+class EvaluationCrops(Dataset):
+    """The same crops every time: a grid without overlap, centred in each image, without flips.
+
+    Whole crops only, so up to one crop less a pixel of each axis stays unseen; a smaller image is padded with invalid
+    zeros. A damaged row raises: numbers must not depend on what could be read.
+
+    Args:
+        source (`ShardSource`): the source.
+        image_size (`int`): the side of the crops in pixels.
+    """
+
+    def __init__(self, source: ShardSource, image_size: int):
+        self.source, self.image_size = source, image_size
+        self.ids = [
+            (number, top, left)
+            for number, row in enumerate(source.read_metadata())
+            for top, left in grid_crops(*row["images"][source.sensors[0]]["shape"][1:], image_size)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict:
+        """As `MixtureDataset`, with `source` 0, `position` the crop's number and `id` (row, top, left)."""
+        number, top, left = self.ids[index]
+        row = self.source.read(number)
+        _shared_size(row, self.source.path)
+        return {
+            "source": 0,
+            "position": index,
+            "id": (number, top, left),
+            "key": row["key"],
+            "group_id": row["group_id"],
+            "images": {sensor: crop(image, top, left, self.image_size) for sensor, image in row["images"].items()},
+            "bad": [],
+        }
+
+
+def grid_crops(height: int, width: int, image_size: int) -> list[tuple[int, int]]:
+    """Top left corners of a centred grid of whole crops, row by row; (0, 0) along an axis that is too short."""
+    corners = []
+    for length in (height, width):
+        count = length // image_size
+        first = (length - count * image_size) // 2
+        corners.append([first + i * image_size for i in range(count)] or [0])
+    return [(top, left) for top in corners[0] for left in corners[1]]
+
+
+def crop(image: ShardImage, top: int, left: int, image_size: int, down: int = 1, across: int = 1) -> dict:
+    """A square window as a sample of one sensor: `pixels`, `valid`, `scale`, `offset_dn`.
+
+    `down` and `across` are -1 to mirror the rows or the columns. Padding comes after that, right and bottom.
+    """
+    window = image.pixels[:, top : top + image_size, left : left + image_size][:, ::down, ::across]
+    bands, height, width = window.shape
+    pixels = np.zeros((bands, image_size, image_size), image.pixels.dtype.newbyteorder("="))
+    valid = np.zeros((image_size, image_size), dtype=bool)
+    pixels[:, :height, :width] = window
+    valid[:height, :width] = valid_pixels(window, image.nodata)
+    return {"pixels": pixels, "valid": valid, "scale": image.scale, "offset_dn": image.offset_dn}
+
+
+def _shared_size(row: dict, path: str) -> tuple[int, int]:
+    sizes = {sensor: image.pixels.shape[1:] for sensor, image in row["images"].items()}
+    if len(set(sizes.values())) != 1:
+        raise ValueError(
+            f"`images` of a row must share one pixel grid, got {sizes} in {path} (key {row['key']!r}). "
+            "Warp them to one grid when the shards are made."
+        )
+    return next(iter(sizes.values()))

@@ -1,0 +1,1 @@
+"""Tasks on top of the model, one file each, and their metrics."""

@@ -1,0 +1,1 @@
+"""Training: where files are written, devices are used and time passes."""
