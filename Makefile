@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 # Without the flags, accelerate warns about each default, and runs on a single core.
 quickstart: $(STAMP)  ## pretrain a tiny msGFM on synthetic scenes; under 5 minutes on 2 cores, then look at runs/
 	@$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-	  --num_cpu_threads_per_process $$(nproc) pretrain.py --recipe quickstart
+	  --num_cpu_threads_per_process $$(nproc) pretrain.py --recipe quickstart --resume
 
 test: $(STAMP)  ## all tests; MSGFM_SAMPLE_DATA=FOLDER adds those on real imagery
 	@$(BIN)/python -m pytest

@@ -54,26 +54,39 @@ def collate(samples: Sequence[dict]) -> dict:
     return {"sources": sources, "bad": [bad for sample in samples for bad in sample["bad"]]}
 
 
+def rotations(sensors: Sequence[str]) -> list[dict[str, str]]:
+    """All ways for every sensor of a source to have one target and every target one sensor, by turning them in a ring.
+
+    Returns:
+        as many {input sensor: target sensor} as there are sensors; in the first, each is its own target. Together they
+        hold every direction once.
+    """
+    sensors = sorted(sensors)
+    return [
+        {sensor: sensors[(place + turn) % len(sensors)] for place, sensor in enumerate(sensors)}
+        for turn in range(len(sensors))
+    ]
+
+
 def draw_targets(sensors: Sequence[str], cross_sensor_ratio: float, generator: np.random.Generator) -> dict[str, str]:
     """The "or" of equation 1: with probability `cross_sensor_ratio` every sensor of a source predicts another one.
 
     One draw decides for all directions together, so every decoder of the source is used either way. For a pair the two
-    are exchanged; for more sensors they are rotated by a random number of places.
+    are exchanged; for more sensors they are turned by a random number of places.
 
     Returns:
         {input sensor: target sensor}; each sensor itself where there is no partner (equation 2) or no crossing.
     """
-    sensors = sorted(sensors)
-    turn = 0
-    if generator.random() < cross_sensor_ratio and len(sensors) > 1:
-        turn = int(generator.integers(1, len(sensors)))
-    return {sensor: sensors[(place + turn) % len(sensors)] for place, sensor in enumerate(sensors)}
+    itself, *crossings = rotations(sensors)
+    if generator.random() < cross_sensor_ratio and crossings:
+        return crossings[int(generator.integers(len(crossings)))]
+    return itself
 
 
 def normalise(
     images: dict[str, dict], source: ShardSource, processor: MsGFMImageProcessor, device: torch.device
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Stored pixels of one source -> normalised pixels (B, C, H, W) float32 and valid masks (B, H, W), on the device."""
+    """Stored pixels of one source -> normalised pixels (B, C, H, W) float32 and valid masks (B, H, W) on `device`."""
     pixel_values, valid_mask = {}, {}
     for sensor, image in images.items():
         radiometry = processor.radiometry(
@@ -91,7 +104,13 @@ def normalise(
 
 
 def sample_masks(
-    positions: Sequence[int], source_name: str, sensor: str, config: MsGFMConfig, mask_ratio: float, seed: int, size: int
+    positions: Sequence[int],
+    source_name: str,
+    sensor: str,
+    config: MsGFMConfig,
+    mask_ratio: float,
+    seed: int,
+    size: int,
 ) -> torch.Tensor:
     """One mask per sample, seeded by (seed, source, position, sensor): bool (B, L) for square images of `size`."""
     seeds = [seed, zlib.crc32(source_name.encode()), zlib.crc32(sensor.encode())]
@@ -157,7 +176,15 @@ class PreTrainingBatches:
         """The keyword arguments of `MsGFMForPreTraining.forward` for one collated batch."""
         inputs: dict[str, list] = {
             name: []
-            for name in ("pixel_values", "valid_mask", "bool_masked_pos", "bool_loss_pos", "bands", "targets", "weights")
+            for name in (
+                "pixel_values",
+                "valid_mask",
+                "bool_masked_pos",
+                "bool_loss_pos",
+                "bands",
+                "targets",
+                "weights",
+            )
         }
         for part in batch["sources"]:
             source = self.sources[part["index"]]

@@ -376,8 +376,9 @@ class ShardSource:
         sensors (`list[str]`, *optional*): the sensors to read; all of them by default.
 
     Attributes:
-        name (`str`): the source's name. `sensors` (`list[str]`), `bands` (`{sensor: names}`), `units`
-            (`{sensor: unit}`), `dtypes` (`{sensor: numpy name}`), `levels` (`{sensor: level or None}`).
+        name (`str`): the source's name.
+        sensors (`list[str]`): those read, sorted.
+        bands, units, dtypes, levels (`dict`): by sensor: band names, unit, numpy dtype name, level or `None`.
         row_groups (`list[tuple]`): `(file, row group, first row, rows)` of every row group.
 
     Raises:

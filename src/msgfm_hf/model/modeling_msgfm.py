@@ -7,8 +7,8 @@ Axes, in every docstring and comment below:
     M tokens per window               h, w the token grid, L = h * w
     E experts        K experts per token               T tokens of the whole batch, T = B * L
 
-Three things differ from a textbook Swin: a token may be built from any subset of sensors and bands; any height and width
-runs, the rim being padded out of sight of attention, experts and statistics; and some MLPs are mixtures of experts.
+Three things differ from a textbook Swin: a token may be built from any subset of sensors and bands; any height and
+width runs, the rim being padded out of sight of attention, experts and statistics; some MLPs are mixtures of experts.
 """
 
 import math
@@ -77,8 +77,8 @@ class MsGFMModelOutput(MsGFMEncoderOutput):
     """Output of `MsGFMModel`: as of the encoder, with the final norm applied.
 
     Args:
-        last_hidden_state (`torch.FloatTensor` of shape (B, L, D)): final features; with late fusion D is the hidden size
-            times the number of `config.inputs`.
+        last_hidden_state (`torch.FloatTensor` of shape (B, L, D)): final features; with late fusion D is the hidden
+            size times the number of `config.inputs`.
         pooler_output (`torch.FloatTensor` of shape (B, D), *optional*): mean of the tokens that have a valid pixel.
     """
 
@@ -686,14 +686,14 @@ class MsGFMPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MsGFMStage", "MsGFMEmbeddings"]  # noqa: RUF012 - read as a list by Transformers
+    _no_split_modules = ["MsGFMStage", "MsGFMEmbeddings"]
     _supports_sdpa = True
     # Flash attention takes no additive bias, flex attention reads one head of it only.
     _supports_flash_attn = False
     _supports_flex_attn = False
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {  # noqa: RUF012 - read as a dict by Transformers
+    _can_record_outputs = {
         "hidden_states": OutputRecorder(MsGFMStage, index=0, capture_initial_hidden_state=True),
         "attentions": OutputRecorder(MsGFMStage, index=2, capture_initial_hidden_state=False),
         "router_logits": OutputRecorder(MsGFMLayer, index=2, capture_initial_hidden_state=False),
@@ -808,7 +808,11 @@ class MsGFMPreTrainedModel(PreTrainedModel):
         if decoders is not None:
             self.decoders = _with_sorted(decoders, spec.id, decoder)
         for band, taken, distance in matches:
-            came = "fresh" if taken is None else f"{init_from} {taken}" + ("" if distance is None else f", {distance:g} nm")
+            came = (
+                "fresh"
+                if taken is None
+                else f"{init_from} {taken}" + ("" if distance is None else f", {distance:g} nm")
+            )
             print(f"{spec.id} {band} <- {came}")
         return matches
 
@@ -845,9 +849,7 @@ class MsGFMEncoder(MsGFMPreTrainedModel):
         blocks = sum(config.depths)
         rates = [config.drop_path_rate * block / max(blocks - 1, 1) for block in range(blocks)]
         starts = [sum(config.depths[:stage]) for stage in range(len(config.depths))]
-        self.layers = nn.ModuleList(
-            [MsGFMStage(config, stage, rates[start:]) for stage, start in enumerate(starts)]
-        )
+        self.layers = nn.ModuleList([MsGFMStage(config, stage, rates[start:]) for stage, start in enumerate(starts)])
         self.post_init()
 
     @merge_with_config_defaults
@@ -1182,9 +1184,7 @@ class MsGFMForPreTraining(MsGFMPreTrainedModel):
             reconstructions[index][sensor] = self.msgfm._pool(tokens, part)[0]
         losses: list[dict] = [{} for _ in sources]
         for index, source in enumerate(sources):
-            decoders = {
-                sensor: self._decoder(sensor, bands[index], grid, pixels) for sensor, pixels in source.items()
-            }
+            decoders = {sensor: self._decoder(sensor, bands[index], grid, pixels) for sensor, pixels in source.items()}
             reconstructions[index] = predict_targets(reconstructions[index], decoders, targets[index])
             for sensor, prediction in reconstructions[index].items() if masks else ():
                 target = targets[index][sensor]

@@ -1,5 +1,5 @@
-"""The paper's equations as functions: what is predicted from what (equations 1 and 2), how far off it is (the L1 loss of
-3.4 with SimMIM's normaliser), and the auxiliary loss that keeps the experts busy."""
+"""The paper's equations as functions: what is predicted from what (equations 1 and 2), how far off it is (the L1 loss
+of 3.4 with SimMIM's normaliser), and the auxiliary loss that keeps the experts busy."""
 
 from collections.abc import Callable, Mapping
 

@@ -317,7 +317,7 @@ _DSM = SensorSpec(
 )
 
 
-# Collection 1 and 2 level-1 products: reflectance = 2e-5 dn - 0.1 (before the division by the sine of the sun elevation).
+# Level-1 products: reflectance = 2e-5 dn - 0.1, before the division by the sine of the sun's elevation.
 def _landsat_band(name, wavelength, gsd, aliases, like):
     band = {band.name: band for band in _S2.bands}[like]
     return BandSpec(name, band.mean, band.std, (0.0, 1.0), wavelength, gsd, aliases)
@@ -352,9 +352,7 @@ _LANDSAT8_PAN = SensorSpec(
     source="borrowed from Sentinel-2 L1C green; measure your own for serious work",
 )
 
-SENSORS: dict[str, SensorSpec] = {
-    spec.id: spec for spec in (_RGB, _S2, _S1, _DSM, _NAIP, _LANDSAT8, _LANDSAT8_PAN)
-}
+SENSORS: dict[str, SensorSpec] = {spec.id: spec for spec in (_RGB, _S2, _S1, _DSM, _NAIP, _LANDSAT8, _LANDSAT8_PAN)}
 
 
 def get_sensor(sensor: str, sensors: dict[str, dict] | None = None) -> SensorSpec:

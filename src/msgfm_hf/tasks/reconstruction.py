@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from msgfm_hf.data.batch import collate, normalise, sample_masks
+from msgfm_hf.data.batch import collate, normalise, rotations, sample_masks
 from msgfm_hf.data.mixture import EvaluationCrops
 from msgfm_hf.data.shards import ShardSource
 from msgfm_hf.model.image_processing_msgfm import MsGFMImageProcessor
@@ -115,9 +115,7 @@ def masked_crops(
 ) -> Iterator[MaskedCrops]:
     """The crops of a source with masks that depend on the seed and the crop alone."""
     config, device = model.config, model.device
-    for part, pixel_values, valid_mask in _crops(
-        source, processor, config.image_size, max_crops, batch_size, device
-    ):
+    for part, pixel_values, valid_mask in _crops(source, processor, config.image_size, max_crops, batch_size, device):
         masks = {
             sensor: sample_masks(
                 part["positions"], source.name, sensor, config, mask_ratio, seed, config.image_size
@@ -145,19 +143,25 @@ def directions(sensors: Iterable[str]) -> list[tuple[str, str]]:
 
 
 @torch.no_grad()
-def predict(
-    model: MsGFMForPreTraining, crops: MaskedCrops, source: ShardSource, sensor: str, target: str
-) -> torch.Tensor:
-    """The model's prediction of `target` from masked `sensor`: (B, C_target, H, W), float32."""
-    sensors = list(dict.fromkeys((sensor, target)))
-    out = model(
-        {name: crops.pixel_values[name] for name in sensors},
-        {name: crops.masks[name] for name in sensors},
-        bands={name: source.bands[name] for name in sensors},
-        valid_mask={name: crops.valid_mask[name] for name in sensors},
-        targets={sensor: target, target: sensor},
-    )
-    return out.reconstruction[sensor].float()
+def predict_directions(
+    model: MsGFMForPreTraining, crops: MaskedCrops, source: ShardSource
+) -> dict[tuple[str, str], torch.Tensor]:
+    """What the model predicts from every masked sensor of itself and of every partner.
+
+    Returns:
+        {(input, target): (B, C_target, H, W) float32}, one entry per `directions`.
+    """
+    predictions = {}
+    for targets in rotations(source.sensors):
+        reconstruction = model(
+            crops.pixel_values,
+            crops.masks,
+            bands={sensor: source.bands[sensor] for sensor in crops.pixel_values},
+            valid_mask=crops.valid_mask,
+            targets=targets,
+        ).reconstruction
+        predictions |= {(sensor, targets[sensor]): found.float() for sensor, found in reconstruction.items()}
+    return predictions
 
 
 def baselines(crops: MaskedCrops, statistics: TrainingStatistics, sensor: str, target: str) -> dict[str, torch.Tensor]:
@@ -235,9 +239,10 @@ def evaluate_reconstruction(
         known = statistics[source.name]
         sums = {way: defaultdict(lambda: defaultdict(float)) for way in directions(source.sensors)}
         for crops in masked_crops(source, processor, model, mask_ratio, seed, max_crops, batch_size):
+            with autocast():
+                predictions = predict_directions(model, crops, source)
             for (sensor, target), places in sums.items():
-                with autocast():
-                    candidates = {"l1": predict(model, crops, source, sensor, target)}
+                candidates = {"l1": predictions[sensor, target]}
                 if with_baselines:
                     candidates |= baselines(crops, known, sensor, target)
                 else:
@@ -274,4 +279,3 @@ def evaluate_reconstruction(
             )
     model.train(was_training)
     return results
-

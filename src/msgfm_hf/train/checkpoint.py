@@ -157,8 +157,8 @@ def load_checkpoint(
         optimizer_state = torch.load(checkpoint.path / "optimizer.pt", map_location=device, weights_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, EOFError) as error:
         raise CheckpointError(
-            f"`resume` must find a whole checkpoint, got {str(checkpoint.path)!r}: {error}. Remove this folder to go on "
-            "from the one before."
+            f"`resume` must find a whole checkpoint, got {str(checkpoint.path)!r}: {error}. Remove this folder to go "
+            "on from the one before."
         ) from error
     theirs, ours = state.pop("identity"), json.loads(json.dumps(made_by["identity"]))
     different = [name for name in ours if theirs.get(name) != ours[name]]

@@ -28,7 +28,7 @@ def learning_rate_scales(source_sensors: Sequence[Sequence[str]], weights: Seque
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:
-    """Whether weight decay applies: to matrices and kernels, not to biases, norms, position tables and the mask token."""
+    """Whether weight decay applies: to matrices and kernels; not to biases, norms, position tables, the mask token."""
     last = name.rsplit(".", 1)[-1]
     return parameter.ndim > 1 and "bias" not in last and last != "mask_token"
 

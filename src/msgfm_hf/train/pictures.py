@@ -15,7 +15,7 @@ from msgfm_hf.data.shards import ShardSource
 from msgfm_hf.model.image_processing_msgfm import MsGFMImageProcessor
 from msgfm_hf.model.modeling_msgfm import MsGFMForPreTraining, routing_statistics
 from msgfm_hf.model.sensors import SensorSpec, get_sensor
-from msgfm_hf.tasks.reconstruction import MaskedCrops, counted_pixels, directions, predict
+from msgfm_hf.tasks.reconstruction import MaskedCrops, counted_pixels, directions, predict_directions
 
 _UNIT_NAMES = {"reflectance": "reflectance", "db": "dB", "metres": "m"}
 _HIDDEN = 0.55  # grey of what is not shown
@@ -78,7 +78,12 @@ def _scale_bar(axes, width: int, gsd: float | None):
     axes.plot([left, left + pixels], [top, top], color="white", linewidth=3.5, solid_capstyle="butt")
     axes.plot([left, left + pixels], [top, top], color="black", linewidth=1.5, solid_capstyle="butt")
     axes.text(
-        left, top - width * 0.03, f"{metres:g} m", color="white", fontsize=7, va="bottom",
+        left,
+        top - width * 0.03,
+        f"{metres:g} m",
+        color="white",
+        fontsize=7,
+        va="bottom",
         bbox={"facecolor": "black", "alpha": 0.5, "pad": 0.8, "linewidth": 0},
     )
 
@@ -102,23 +107,35 @@ def draw_reconstruction(
             len(ways), 8, figsize=(16, 2.05 * len(ways) + 0.5), squeeze=False, constrained_layout=True
         )
         model.eval()
+        predicted = {
+            source.name: [predict_directions(model, batch, source) for batch in crops[source.name]]
+            for source in sources
+        }
         for row, (source, sensor, target) in zip(axes, ways, strict=True):
             gsd = source.read(0)["images"][target].gsd
-            errors, predictions = [], []
-            for batch in crops[source.name]:
-                prediction = predict(model, batch, source, sensor, target)
+            predictions = [found[sensor, target] for found in predicted[source.name]]
+            errors = []
+            for batch, prediction in zip(crops[source.name], predictions, strict=True):
                 counted = counted_pixels(batch, sensor, target)
                 error = (prediction - batch.pixel_values[target]).abs().mean(1)
                 each = torch.where(counted, error, 0).sum((1, 2)) / counted.sum((1, 2)).clamp(min=1)
                 errors += each.tolist()
-                predictions.append(prediction)
             ranked = np.argsort(errors)
             picks = {"median": ranked[len(ranked) // 2], "worst": ranked[-1]}
             for half, (name, pick) in zip((row[:4], row[4:]), picks.items(), strict=True):
                 batch, place = _locate(crops[source.name], pick)
                 _draw_one(
-                    half, processor, source, crops[source.name][batch], place, predictions[batch][place], sensor, target,
-                    cross_loss_region, gsd, f"{name}, {errors[pick]:.2f} σ",
+                    half,
+                    processor,
+                    source,
+                    crops[source.name][batch],
+                    place,
+                    predictions[batch][place],
+                    sensor,
+                    target,
+                    cross_loss_region,
+                    gsd,
+                    f"{name}, {errors[pick]:.2f} σ",
                 )
             row[0].set_ylabel(f"{source.name}\n{sensor} → {target}", fontsize=8)
         figure.suptitle(
@@ -200,7 +217,7 @@ def draw_losses(metrics: Path, path: Path) -> Path:
         for name, value in line.get("validation", {}).items():
             validation.setdefault(name, []).append((line["step"], value["ratio_to_band_mean"]))
     with _style():
-        figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.6), constrained_layout=True)
+        figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.4), constrained_layout=True)
         colours = {name: f"C{i % 10}" for i, name in enumerate(sorted({*training, *validation}))}
         for panel, curves in ((left, training), (right, validation)):
             for name, points in sorted(curves.items()):
@@ -209,12 +226,12 @@ def draw_losses(metrics: Path, path: Path) -> Path:
                 style = "-" if crossing[0] == crossing[1] else "--"
                 if panel is left:
                     values = _smooth(values)
-                marker = "." if panel is right else None
+                marker = "." if len(points) < 30 else None
                 panel.plot(steps, values, style, color=colours[name], label=name, linewidth=1.2, marker=marker)
             panel.set_xlabel("step")
             panel.grid(alpha=0.3)
             if curves:
-                panel.legend(fontsize=6, ncols=2)
+                panel.legend(fontsize=6, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.13))
         left.set_title("Training: masked L1 (smoothed)")
         left.set_ylabel("L1, standard deviations")
         right.set_title("Validation: masked L1 / that of the band mean")
@@ -252,15 +269,25 @@ def draw_expert_load(
     blocks = [(stage + 1, block) for stage, found in enumerate(config.moe_blocks) for block in sorted(found)]
     with _style():
         figure, axes = plt.subplots(
-            1, len(blocks), figsize=(2.2 * len(blocks) + 1.5, 0.5 * len(sensors) + 1.6), squeeze=False,
+            1,
+            len(blocks),
+            figsize=(2.2 * len(blocks) + 1.5, 0.5 * len(sensors) + 1.6),
+            squeeze=False,
             constrained_layout=True,
         )
         for number, (panel, (stage, block)) in enumerate(zip(axes[0], blocks, strict=True)):
             table = torch.stack([statistics[sensor]["histogram"][number] for sensor in sensors]).float().cpu().numpy()
             picture = panel.imshow(table, cmap="viridis", vmin=0, vmax=1, aspect="auto")
             for (i, j), value in np.ndenumerate(table):
-                panel.text(j, i, f"{value:.0%}", ha="center", va="center", fontsize=6,
-                           color="white" if value < 0.6 else "black")
+                panel.text(
+                    j,
+                    i,
+                    f"{value:.0%}",
+                    ha="center",
+                    va="center",
+                    fontsize=6,
+                    color="white" if value < 0.6 else "black",
+                )
             panel.set_title(f"stage {stage}, block {block}")
             panel.set_xlabel("expert")
             panel.set_xticks(range(config.num_experts))

@@ -1,7 +1,7 @@
 """Pretraining: `accelerate launch pretrain.py`, or `accelerate launch -m msgfm_hf.train.pretrain` from a wheel.
 
-A run's folder holds the best model so far (loadable with `from_pretrained`), its processor, `metrics.jsonl`, pictures and
-`checkpoints/`. The step is the only state of the data and of chance: order, crops, masks and crossings are functions of
+A run's folder holds the best model so far (loadable with `from_pretrained`), its processor, `metrics.jsonl`, pictures
+and `checkpoints/`. The step is the only state of the data and of chance: order, crops, masks and crossings are functions of
 the seed and the step, and torch's generators are seeded anew at each step. So a run that resumes at a step goes on
 exactly as if it had never stopped.
 """
@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
 
 from msgfm_hf import __version__
 from msgfm_hf.data.batch import PreTrainingBatches, collate
@@ -47,7 +48,7 @@ _DEFAULT_BATCH_SIZE = 16
 
 
 def computes_in_bf16(device: torch.device) -> bool:
-    """Whether bf16 is native to the machine, and so faster than float32: CUDA since Ampere, CPUs with AMX or AVX-512."""
+    """Whether bf16 is native to the machine, and so faster than float32: CUDA since Ampere, CPUs with AMX or AVX512."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
@@ -82,7 +83,8 @@ class Mixture:
         unknown = sorted(set(recipe.batch_sizes) - set(folders))
         if unknown:
             raise ValueError(
-                f"`batch_sizes` must name sources of `data` ({', '.join(folders)}), got {unknown[0]!r}. Correct the name."
+                f"`batch_sizes` must name sources of `data` ({', '.join(folders)}), got {unknown[0]!r}. "
+                "Correct the name."
             )
         # Folders with another split alone are there for tests.
         chosen = recipe.batch_sizes or [name for name, folder in folders.items() if "train" in shard_splits(folder)]
@@ -173,10 +175,11 @@ def pretrain(recipe: Recipe, resume: bool = False) -> dict:
         write_text(run_dir / "run.json", json.dumps(made_by, indent=2))
         _cut_metrics(run_dir / "metrics.jsonl", start_step)
         counts = count_parameters(bare, inputs=[first], targets=[first])
+        parts = [f"{s.name} {size}" for s, size in zip(mixture.sources, mixture.batch_sizes, strict=True)]
         print(
-            f"{recipe.name}: {', '.join(f'{s.name} {n}' for s, n in zip(mixture.sources, mixture.batch_sizes, strict=True))}"
-            f" per step, {epoch} steps per epoch, {max_steps} steps in all; {counts.total:,} parameters, {counts.active:,} "
-            f"of them for {first} -> {first}; {accelerator.device.type}, {accelerator.mixed_precision}."
+            f"{recipe.name}: {', '.join(parts)} per step, {epoch} steps per epoch, {max_steps} steps in all; "
+            f"{counts.total:,} parameters, {counts.active:,} of them for {first} -> {first}; "
+            f"{accelerator.device.type}, {'float32' if accelerator.mixed_precision == 'no' else 'bf16'}."
         )
 
     batches = PreTrainingBatches(
@@ -331,13 +334,13 @@ def _made_by(recipe: Recipe, mixture: Mixture, world: int, max_steps: int) -> di
         "identity": identity,
         "recipe": fields,
         "versions": {"msgfm_hf": __version__, **{name: metadata.version(name) for name in packages}},
-        "commit": _commit(),
+        "commit": source_commit(),
         "command": " ".join(sys.argv),
         "threads": torch.get_num_threads(),
     }
 
 
-def _commit() -> str | None:
+def source_commit() -> str | None:
     """The commit of the checkout this code is in, with a + where it has uncommitted changes; `None` from a wheel."""
     here = Path(__file__).parent
     try:
@@ -401,8 +404,10 @@ def _routing(outputs, config) -> dict:
     """Routing statistics per sensor as plain numbers, rounded for the log."""
     found = routing_statistics(outputs, config.num_experts, config.router_noise)
     return {
-        sensor: {name: [[round(v, 4) for v in row] if isinstance(row, list) else round(row, 4) for row in value.tolist()]
-                 for name, value in values.items()}
+        sensor: {
+            name: [[round(v, 4) for v in row] if isinstance(row, list) else round(row, 4) for row in value.tolist()]
+            for name, value in values.items()
+        }
         for sensor, values in found.items()
     }
 
@@ -436,7 +441,12 @@ def _finish(run_dir, recipe, model, processor, mixture, statistics, rows, step, 
         with accelerator.autocast():
             pictures.append(
                 draw_reconstruction(
-                    model, processor, mixture.validation, crops, recipe.cross_loss_region, run_dir / "reconstruction.png"
+                    model,
+                    processor,
+                    mixture.validation,
+                    crops,
+                    recipe.cross_loss_region,
+                    run_dir / "reconstruction.png",
                 )
             )
             load = draw_expert_load(model, mixture.validation, crops, run_dir / "expert_load.png")
@@ -444,9 +454,12 @@ def _finish(run_dir, recipe, model, processor, mixture, statistics, rows, step, 
     if not finished:
         print(f"Stopped at step {step}. `--resume` goes on from there.")
     if rows:
-        print(f"\nMasked L1 on the validation split, over that of the training places' band mean (step {best['step']}):")
+        print(
+            f"\nMasked L1 on the validation split, over that of the training places' band mean (step {best['step']}):"
+        )
         for row in rows:
-            print(f"  {row['source']:<20} {row['input']:>4} -> {row['target']:<4} {_ratio(row):.2f}   (n = {row['crops']})")
+            way = f"{row['source']:<20} {row['input']:>4} -> {row['target']:<4}"
+            print(f"  {way} {_ratio(row):.2f}   (n = {row['crops']})")
     print("\nPictures: " + "  ".join(str(path) for path in pictures))
     print("Load the model with:\n  import msgfm_hf; from transformers import AutoModel")
     print(f'  model = AutoModel.from_pretrained("{run_dir}")')
@@ -464,6 +477,7 @@ def main(argv: list[str] | None = None):
         "  accelerate launch pretrain.py --resume                      go on after a stop or a crash",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    transformers_logging.disable_progress_bar()
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, where there is one")
     add_recipe_arguments(parser)
     arguments = parser.parse_args(argv)

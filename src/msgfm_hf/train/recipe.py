@@ -4,10 +4,10 @@ Field names are those of `transformers.TrainingArguments` where it has them.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import math
-import types
 import typing
 from dataclasses import dataclass, field
 from importlib import resources
@@ -55,7 +55,9 @@ class Recipe:
     model: dict = _option({}, "fields of MsGFMConfig that differ from the size, as YAML: '{num_experts: 8}'")
     make_data: str = _option("none", "make the shards in `data` where they are missing: synthetic, sample or none")
     data: list[str] = _option([], "folders of shards: a source, or a folder of sources")
-    batch_sizes: dict[str, int] = _option({}, "samples per step and device of each source: '{naip: 16}'; empty: 16 each")
+    batch_sizes: dict[str, int] = _option(
+        {}, "samples per step and device of each source: '{naip: 16}'; empty: 16 each"
+    )
     max_steps: int = _option(-1, "steps of the optimiser; -1: as many as `num_train_epochs` has")
     num_train_epochs: float = _option(1.0, "passes over the longest source, where `max_steps` is -1")
     learning_rate: float = _option(1e-4, "learning rate of the largest sub-batch's sensors")
@@ -85,7 +87,9 @@ class Recipe:
     def __post_init__(self):
         def need(holds, name, rule):
             if not holds:
-                raise ValueError(f"`{name}` must {rule}, got {getattr(self, name)!r}. Correct the recipe or the option.")
+                raise ValueError(
+                    f"`{name}` must {rule}, got {getattr(self, name)!r}. Correct the recipe or the option."
+                )
 
         for name, choices in (
             ("model_size", MODEL_SIZES),
@@ -97,7 +101,14 @@ class Recipe:
             need(getattr(self, name) in choices, name, f"be one of {', '.join(choices)}")
         for name in ("mask_ratio", "cross_sensor_ratio"):
             need(0 <= getattr(self, name) <= 1, name, "be within 0..1")
-        for name in ("logging_steps", "eval_steps", "save_steps", "save_total_limit", "eval_max_crops", "learning_rate"):
+        for name in (
+            "logging_steps",
+            "eval_steps",
+            "save_steps",
+            "save_total_limit",
+            "eval_max_crops",
+            "learning_rate",
+        ):
             need(getattr(self, name) > 0, name, "be above 0")
         for name in ("warmup_steps", "weight_decay", "dataloader_num_workers", "max_bad", "seed", "num_train_epochs"):
             need(getattr(self, name) >= 0, name, "not be negative")
@@ -147,7 +158,10 @@ def load_recipe(name_or_file: str, overrides: dict | None = None) -> Recipe:
     path = Path(name_or_file)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise ValueError(f"`recipe` must be a file or a name ({', '.join(recipe_names())}), got {name_or_file!r}.")
+            raise ValueError(
+                f"`recipe` must be a file or a name ({', '.join(recipe_names())}), got {name_or_file!r}, which does not "
+                "exist. Correct the path."
+            )
         text = path.read_text()
     elif name_or_file in recipe_names():
         text = _recipe_folder().joinpath(f"{name_or_file}.yaml").read_text()
@@ -160,7 +174,10 @@ def load_recipe(name_or_file: str, overrides: dict | None = None) -> Recipe:
     except yaml.YAMLError as error:
         raise ValueError(f"`recipe` must be YAML, got {name_or_file!r}: {error}. Correct the file.") from None
     if not isinstance(entries, dict):
-        raise ValueError(f"`recipe` must be lines of `field: value`, got {type(entries).__name__} in {name_or_file!r}.")
+        raise ValueError(
+            f"`recipe` must be lines of `field: value`, got a {type(entries).__name__} in {name_or_file!r}. "
+            "Look at the recipes that come with the package."
+        )
     return build_recipe({**entries, **(overrides or {})})
 
 
@@ -183,10 +200,8 @@ def build_recipe(entries: dict) -> Recipe:
             value = float(value)
         if wanted is float and isinstance(value, str):
             # YAML 1.1 reads 1e-4 as a word.
-            try:
+            with contextlib.suppress(ValueError):
                 value = float(value)
-            except ValueError:
-                pass
         if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
             raise ValueError(f"`{name}` must be a {wanted.__name__}, got {value!r}. Correct the recipe or the option.")
         values[name] = value
@@ -206,14 +221,8 @@ def add_recipe_arguments(parser: argparse.ArgumentParser):
 
 
 def _value(entry):
-    """How the text of an option becomes a value: YAML, except where the field is text."""
-    hint = typing.get_type_hints(Recipe)[entry.name]
-
-    def parse(text: str):
-        return text if hint is str else yaml.safe_load(text)
-
-    parse.__name__ = getattr(hint, "__name__", str(hint)) if not isinstance(hint, types.GenericAlias) else str(hint)
-    return parse
+    """How the text of an option becomes a value: as YAML, except where the field is text."""
+    return str if typing.get_type_hints(Recipe)[entry.name] is str else yaml.safe_load
 
 
 def recipe_from_arguments(arguments: argparse.Namespace) -> Recipe:

@@ -1,0 +1,191 @@
+"""The doors of Transformers: Auto classes, saving and loading, and the same checkpoint without the package."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForMaskedImageModeling,
+    AutoModelForPreTraining,
+    AutoModelForSemanticSegmentation,
+    pipeline,
+)
+
+import msgfm_hf
+from msgfm_hf.hub.code import AUTO_MAP, write_model_code
+
+TINY = {
+    "embed_dim": 12,
+    "depths": [1, 1, 2],
+    "num_heads": [1, 2, 2],
+    "window_size": 3,
+    "num_experts": 2,
+    "image_size": 32,
+    "mask_patch_size": 16,
+}
+AUTO_CLASSES = {
+    AutoModel: msgfm_hf.MsGFMModel,
+    AutoBackbone: msgfm_hf.MsGFMBackbone,
+    AutoModelForPreTraining: msgfm_hf.MsGFMForPreTraining,
+    AutoModelForMaskedImageModeling: msgfm_hf.MsGFMForPreTraining,
+    AutoModelForImageClassification: msgfm_hf.MsGFMForImageClassification,
+    AutoModelForSemanticSegmentation: msgfm_hf.MsGFMForSemanticSegmentation,
+}
+
+
+@pytest.mark.parametrize("auto", AUTO_CLASSES, ids=lambda auto: auto.__name__)
+def test_auto_classes_build_the_models_from_a_configuration(auto):
+    assert type(auto.from_config(msgfm_hf.MsGFMConfig(**TINY))) is AUTO_CLASSES[auto]
+
+
+@pytest.mark.parametrize("auto", [a for a in AUTO_CLASSES if a is not AutoBackbone], ids=lambda auto: auto.__name__)
+def test_auto_classes_load_what_was_saved(auto, tmp_path):
+    model = AUTO_CLASSES[auto](msgfm_hf.MsGFMConfig(**TINY)).eval()
+    model.save_pretrained(tmp_path)
+    loaded, info = auto.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is AUTO_CLASSES[auto]
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    pixels = torch.randn(1, 3, 29, 37)
+    with torch.no_grad():
+        for ours, theirs in zip(model(pixels).to_tuple(), loaded.eval()(pixels).to_tuple(), strict=True):
+            if isinstance(ours, torch.Tensor):
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_configuration_and_processor_load_by_name(tmp_path):
+    config = msgfm_hf.MsGFMConfig(**TINY, inputs={"s1": ["VV", "VH"]})
+    config.save_pretrained(tmp_path)
+    msgfm_hf.MsGFMImageProcessor.from_config(config).save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is msgfm_hf.MsGFMConfig and loaded.inputs == {"s1": ["VV", "VH"]}
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    assert type(processor) is msgfm_hf.MsGFMImageProcessor and processor.sensors == loaded.sensors
+
+
+def test_bf16_checkpoints_keep_their_dtype_and_stay_close(tmp_path):
+    model = msgfm_hf.MsGFMModel(msgfm_hf.MsGFMConfig(**TINY)).eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        exact = model(pixels).pooler_output
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path).eval()
+    assert loaded.dtype == torch.bfloat16
+    with torch.no_grad():
+        rounded = loaded(pixels).pooler_output
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), exact, rtol=0.1, atol=0.1)
+
+
+def test_stock_pipelines_take_an_ordinary_picture(tmp_path):
+    from PIL import Image
+
+    model = msgfm_hf.MsGFMForImageClassification(msgfm_hf.MsGFMConfig(**TINY, num_labels=3))
+    processor = msgfm_hf.MsGFMImageProcessor.from_config(model.config)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8))
+    found = pipeline("image-classification", model=model, image_processor=processor)(picture)
+    assert len(found) == 3 and abs(sum(label["score"] for label in found) - 1) < 1e-5
+
+
+REMOTE = """
+    import json, sys
+    import torch
+    try:
+        import msgfm_hf
+    except ImportError:
+        pass
+    else:
+        raise SystemExit("the package must be out of reach here")
+    import transformers
+    folder, pixels = sys.argv[1], torch.load(sys.argv[2])
+    out = {}
+    for name in ("AutoModel", "AutoModelForPreTraining", "AutoModelForMaskedImageModeling"):
+        model = getattr(transformers, name).from_pretrained(folder, trust_remote_code=True).eval()
+        with torch.no_grad():
+            out[name] = model(pixels)[0 if name == "AutoModel" else "reconstruction"].sum().item()
+    for name in ("AutoModelForImageClassification", "AutoModelForSemanticSegmentation"):
+        model = getattr(transformers, name).from_pretrained(folder, trust_remote_code=True)
+        model.set_experts_implementation("grouped_mm")
+        model.set_attn_implementation("eager")
+        out[name] = list(model(pixels).logits.shape)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    maps = transformers.AutoBackbone.from_config(config, trust_remote_code=True)(pixels).feature_maps
+    out["AutoBackbone"] = list(maps[-1].shape)
+    processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+    out["AutoImageProcessor"] = processor(pixels[0].abs().clamp(max=1).mul(255).byte())["pixel_values"].sum().item()
+    print(json.dumps(out))
+"""
+
+
+def test_the_same_checkpoint_works_through_remote_code_alone(tmp_path):
+    folder = tmp_path / "checkpoint"
+    model = msgfm_hf.MsGFMForPreTraining(msgfm_hf.MsGFMConfig(**TINY)).eval()
+    processor = msgfm_hf.MsGFMImageProcessor.from_config(model.config)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    write_model_code(folder)
+    pixels = torch.randn(1, 3, 29, 37)
+    torch.save(pixels, tmp_path / "pixels.pt")
+    # -S and -P keep site-packages' editable installs and the working folder out; the libraries come back by path.
+    script = tmp_path / "remote.py"
+    libraries = [path for path in sys.path if path.endswith("site-packages")]
+    script.write_text(f"import sys\nsys.path += {libraries!r}\n" + textwrap.dedent(REMOTE))
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(tmp_path / "hub")}
+    done = subprocess.run(
+        [sys.executable, "-S", "-P", str(script), str(folder), str(tmp_path / "pixels.pt")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    remote = json.loads(done.stdout.splitlines()[-1])
+    with torch.no_grad():
+        trunk = AutoModel.from_pretrained(folder).eval()(pixels)
+        assert remote["AutoModel"] == trunk[0].sum().item()
+        assert remote["AutoModelForPreTraining"] == model(pixels).reconstruction.sum().item()
+    assert remote["AutoModelForMaskedImageModeling"] == remote["AutoModelForPreTraining"]
+    assert remote["AutoModelForImageClassification"] == [1, 2]
+    assert remote["AutoModelForSemanticSegmentation"] == [1, 2, 8, 10]
+    assert remote["AutoBackbone"] == [1, 48, 2, 3]
+    local = processor(pixels[0].abs().clamp(max=1).mul(255).byte())["pixel_values"].sum().item()
+    assert remote["AutoImageProcessor"] == pytest.approx(local)
+    # With the package, its own classes win, and nobody is asked to trust anything.
+    assert type(AutoModel.from_pretrained(folder)) is msgfm_hf.MsGFMModel
+
+
+def test_every_auto_class_is_named_in_the_map():
+    assert set(AUTO_MAP) == {"AutoConfig", *(auto.__name__ for auto in AUTO_CLASSES)}
+
+
+def test_code_goes_only_beside_a_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="`folder` must hold an msGFM checkpoint, got .* Call `save_pretrained` first"):
+        write_model_code(tmp_path)
+
+
+def test_public_names_are_the_promised_ones():
+    assert sorted(msgfm_hf.__all__) == [
+        "BandSpec",
+        "MsGFMBackbone",
+        "MsGFMConfig",
+        "MsGFMForImageClassification",
+        "MsGFMForPreTraining",
+        "MsGFMForSemanticSegmentation",
+        "MsGFMImageProcessor",
+        "MsGFMModel",
+        "SENSORS",
+        "SensorSpec",
+        "count_parameters",
+        "routing_statistics",
+    ]
+    for name in msgfm_hf.__all__:
+        assert hasattr(msgfm_hf, name)

@@ -1,0 +1,140 @@
+"""`msgfm ...`: every command of the package, each with a `--help` that teaches."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def _shards(parser: argparse.ArgumentParser):
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    sample = kinds.add_parser(
+        "sample", help="the small real imagery of MSGFM_SAMPLE_DATA", description=_shards_sample.__doc__
+    )
+    sample.add_argument(
+        "--root", default=os.environ.get("MSGFM_SAMPLE_DATA"), help="its folder (default MSGFM_SAMPLE_DATA)"
+    )
+    sample.add_argument("--out", required=True, help="folder to make; one folder per source inside")
+    sample.add_argument("--overwrite", action="store_true", help="make sources anew that are there already")
+    sample.set_defaults(run=_shards_sample)
+    synthetic = kinds.add_parser("synthetic", help="seeded synthetic scenes", description=_shards_synthetic.__doc__)
+    synthetic.add_argument("--out", required=True, help="folder to make; one folder per source inside")
+    synthetic.add_argument("--seed", type=int, default=0, help="another seed, other scenes (default 0)")
+    synthetic.set_defaults(run=_shards_synthetic)
+
+
+def _shards_sample(arguments):
+    """Turn the real samples into shards, with the split by place that their splits.csv gives."""
+    from msgfm_hf.data.sample import make_sample_shards
+
+    if not arguments.root:
+        raise ValueError(
+            "`--root` must be the folder of real samples, got none. Set MSGFM_SAMPLE_DATA or give `--root`."
+        )
+    summary = make_sample_shards(Path(arguments.root), Path(arguments.out), overwrite=arguments.overwrite)
+    for source, made in summary.items():
+        rows = ", ".join(f"{split} {count}" for split, count in made["rows"].items())
+        print(f"{source:<12} {rows}" + ("   (kept as it was)" if made["kept"] else ""))
+        for dropped in made["dropped"]:
+            print(f"{'':<12} left out: {dropped}")
+    print(f"Look at them with `msgfm inspect {arguments.out}`.")
+
+
+def _shards_synthetic(arguments):
+    """Make synthetic scenes of four sensors. They show that things work; they are never a result."""
+    from msgfm_hf.data.synthetic import make_synthetic_shards
+
+    make_synthetic_shards(Path(arguments.out), seed=arguments.seed)
+    print(f"Look at them with `msgfm inspect {arguments.out}`.")
+
+
+def _inspect(parser: argparse.ArgumentParser):
+    parser.add_argument("path", help="folder of a source, or of several")
+    parser.add_argument("--verify", action="store_true", help="read every page and check its checksum")
+    parser.add_argument(
+        "--contact-sheet", metavar="PNG", help="draw samples of every sensor (default PATH/contact_sheet.png)"
+    )
+    parser.add_argument("--no-contact-sheet", action="store_true", help="print only")
+    parser.set_defaults(run=_run_inspect)
+
+
+def _run_inspect(arguments):
+    from msgfm_hf.data.inspect import contact_sheet, inspect_shards
+    from msgfm_hf.data.shards import find_sources
+
+    sources = find_sources(arguments.path)
+    for source in sources:
+        print(inspect_shards(source, verify=arguments.verify))
+        if not arguments.no_contact_sheet:
+            picture = Path(source) / "contact_sheet.png"
+            if arguments.contact_sheet:
+                picture = Path(arguments.contact_sheet)
+                if len(sources) > 1:
+                    picture = picture.with_stem(f"{picture.stem}_{Path(source).name}")
+            contact_sheet(source, picture)
+            print(f"contact sheet: {picture}")
+        print()
+
+
+def _evaluate(parser: argparse.ArgumentParser):
+    parser.add_argument("--model", action="append", required=True, help="folder of a model; repeat for several seeds")
+    parser.add_argument(
+        "--data", action="append", required=True, help="folder of shards, or of such folders; repeatable"
+    )
+    parser.add_argument("--split", default="val", help="split to evaluate on (default val)")
+    parser.add_argument("--mask_seeds", type=int, default=8, help="how often each crop is masked anew (default 8)")
+    parser.add_argument("--max_crops", type=int, help="at most this many crops per source (default all)")
+    parser.add_argument("--out", help="also write the report as JSON, by place and with what made it")
+    parser.set_defaults(run=_run_evaluate)
+
+
+def _run_evaluate(arguments):
+    from msgfm_hf.train.evaluate import evaluate_models, format_report, write_report
+
+    report = evaluate_models(
+        arguments.model, arguments.data, arguments.split, mask_seeds=arguments.mask_seeds, max_crops=arguments.max_crops
+    )
+    print(format_report(report))
+    if arguments.out:
+        write_report(report, Path(arguments.out))
+        print(f"\nWritten: {arguments.out}")
+
+
+# Heavy imports wait inside the commands, so that `--help` answers at once.
+_COMMANDS = {
+    "shards": ("make shards, the training format, out of imagery", _shards),
+    "inspect": ("say and show what is in shards", _inspect),
+    "evaluate": ("masked reconstruction and crossings on held-out places, beside baselines", _evaluate),
+}
+
+
+def main(argv: list[str] | None = None):
+    """The entry point of `msgfm`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["pretrain"]:
+        from msgfm_hf.train.pretrain import main as pretrain
+
+        return pretrain(argv[1:])
+    parser = argparse.ArgumentParser(
+        prog="msgfm",
+        description="msGFM, a multisensor geospatial foundation model, on the command line.",
+        epilog="examples:\n"
+        "  msgfm shards sample --out shards            real samples -> shards (MSGFM_SAMPLE_DATA)\n"
+        "  msgfm inspect shards/terramesh              what is in them, with a contact sheet\n"
+        "  msgfm pretrain --data shards --max_steps 500\n"
+        "  msgfm evaluate --model runs/run --data shards",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (text, build) in _COMMANDS.items():
+        build(commands.add_parser(name, help=text, description=text))
+    commands.add_parser("pretrain", help="pretrain on a mixture of sensors (same as pretrain.py)", add_help=False)
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ValueError, ImportError) as error:
+        parser.exit(1, f"msgfm {arguments.command}: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Evaluation of pretrained models on held-out places: masked L1 of every sensor and crossing, beside the baselines."""
+
+import json
+import shlex
+import statistics as numbers
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from msgfm_hf.data.shards import ShardSource, find_sources, shard_splits
+from msgfm_hf.model.image_processing_msgfm import MsGFMImageProcessor
+from msgfm_hf.model.modeling_msgfm import MsGFMForPreTraining
+from msgfm_hf.tasks.reconstruction import evaluate_reconstruction, training_statistics
+from msgfm_hf.train.checkpoint import write_text
+from msgfm_hf.train.pretrain import source_commit
+
+# Values of a row that are not an error of some method.
+_NOT_METHODS = ("source", "input", "target", "crops", "places", "by_place")
+
+
+def evaluate_models(
+    models: Sequence[str | Path],
+    data: Sequence[str | Path],
+    split: str = "val",
+    mask_ratio: float = 0.6,
+    mask_seeds: int = 8,
+    max_crops: int | None = None,
+) -> dict:
+    """Evaluate several models (seeds of one recipe, say) on the same crops and masks.
+
+    Args:
+        models: folders that `from_pretrained` loads.
+        data: folders of shards; sources without the split, or without a training split for the baselines, are left out.
+        split: what to evaluate on.
+        mask_ratio: share of masked cells.
+        mask_seeds: every crop is masked this many times, differently, to take the chance out of few crops.
+        max_crops: at most this many crops per source, evenly spread.
+
+    Returns:
+        a JSON-able report: `rows` with, per source and direction, `crops` (n), `places`, the median over models `l1`
+        with its `spread` (lowest, highest), `l1_by_model`, the baselines, and `by_place`; and what made it.
+
+    Raises:
+        ValueError: if no source can be evaluated.
+    """
+    folders = [folder for path in data for folder in find_sources(path)]
+    folders = [folder for folder in folders if {split, "train"} <= set(shard_splits(folder))]
+    if not folders:
+        raise ValueError(
+            f"`data` must hold a source with the splits 'train' and {split!r}, got {[str(path) for path in data]}. "
+            "Baselines are fitted on the training places. Look with `msgfm inspect`."
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found: dict[tuple[str, str, str], list[list[dict]]] = {}
+    progress = tqdm(total=len(models) * mask_seeds, desc="evaluating", unit="pass")
+    for path in models:
+        model = MsGFMForPreTraining.from_pretrained(path).to(device).eval()
+        processor = MsGFMImageProcessor.from_pretrained(path)
+        usable = [ShardSource(folder, split) for folder in folders]
+        usable = [source for source in usable if set(source.sensors) <= set(model.config.sensors)]
+        known = {
+            source.name: training_statistics(ShardSource(source.path, "train"), processor, model.config.image_size)
+            for source in usable
+        }
+        for seed in range(mask_seeds):
+            rows = evaluate_reconstruction(model, processor, usable, known, mask_ratio, seed, max_crops)
+            for row in rows:
+                per_model = found.setdefault((row["source"], row["input"], row["target"]), [])
+                if seed == 0:
+                    per_model.append([])
+                per_model[-1].append(row)
+            progress.update(1)
+    progress.close()
+    return {
+        "measure": "masked L1 in normalised units (see msgfm_hf.tasks.reconstruction); pixels weigh equally",
+        "command": shlex.join(["msgfm", *sys.argv[1:]]),
+        "commit": source_commit(),
+        "torch": torch.__version__,
+        "device": device.type,
+        "models": [str(path) for path in models],
+        "trained": [_trained(Path(path)) for path in models],
+        "split": split,
+        "mask_ratio": mask_ratio,
+        "mask_seeds": mask_seeds,
+        "rows": [_row(per_model) for per_model in found.values()],
+    }
+
+
+def _trained(folder: Path) -> dict | None:
+    """What made a model, from the run's own record."""
+    path = folder / "run.json"
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text())
+    identity = record["identity"]
+    return {
+        "seed": identity["seed"],
+        "max_steps": identity["max_steps"],
+        **{name: record[name] for name in ("commit", "command", "versions", "threads")},
+    }
+
+
+def _row(per_model: list[list[dict]]) -> dict:
+    """One direction: means over masks, then median and spread over models."""
+    first = per_model[0][0]
+    methods = [name for name in first if name not in _NOT_METHODS]
+
+    def mean(rows, name):
+        return numbers.fmean(row[name] for row in rows)
+
+    def summary(lists: list[list[dict]]) -> dict:
+        by_model = [mean(rows, "l1") for rows in lists]
+        baselines = {name: mean(lists[0], name) for name in methods if name != "l1"}
+        return {
+            "l1": numbers.median(by_model),
+            "spread": [min(by_model), max(by_model)],
+            "l1_by_model": by_model,
+            "baselines": baselines,
+        }
+
+    return {
+        **{name: first[name] for name in ("source", "input", "target", "crops", "places")},
+        **summary(per_model),
+        "by_place": {
+            place: {
+                "crops": values["crops"],
+                **summary([[row["by_place"][place] for row in rows] for rows in per_model]),
+            }
+            for place, values in first["by_place"].items()
+        },
+    }
+
+
+def format_report(report: dict) -> str:
+    """The report as a Markdown table: errors, and in brackets the model's over that baseline's."""
+    baselines = list(dict.fromkeys(name for row in report["rows"] for name in row["baselines"]))
+    head = ["source", "direction", "n", "places", "model (spread)", *(name.replace("_", " ") for name in baselines)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in report["rows"]:
+        low, high = row["spread"]
+        cells = [
+            row["source"],
+            f"{row['input']} → {row['target']}",
+            str(row["crops"]),
+            str(row["places"]),
+            f"**{row['l1']:.3f}** ({low:.3f}-{high:.3f})",
+        ]
+        for name in baselines:
+            value = row["baselines"].get(name)
+            cells.append("" if value is None else f"{value:.3f} ({row['l1'] / value:.2f})")
+        lines.append("| " + " | ".join(cells) + " |")
+    few = min(row["places"] for row in report["rows"]) < 3
+    title = "Demonstration, not evidence: fewer than three places per source.\n\n" if few else ""
+    return title + "\n".join(lines)
+
+
+def write_report(report: dict, path: Path):
+    """Write the report as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(report, indent=2) + "\n")
