@@ -60,20 +60,11 @@ def _inspect(parser: argparse.ArgumentParser):
 
 def _run_inspect(arguments):
     from msgfm_hf.data.inspect import contact_sheet, inspect_shards
-    from msgfm_hf.data.shards import find_sources
 
-    sources = find_sources(arguments.path)
-    for source in sources:
-        print(inspect_shards(source, verify=arguments.verify))
-        if not arguments.no_contact_sheet:
-            picture = Path(source) / "contact_sheet.png"
-            if arguments.contact_sheet:
-                picture = Path(arguments.contact_sheet)
-                if len(sources) > 1:
-                    picture = picture.with_stem(f"{picture.stem}_{Path(source).name}")
-            contact_sheet(source, picture)
-            print(f"contact sheet: {picture}")
-        print()
+    print(inspect_shards(arguments.path, verify=arguments.verify))
+    if not arguments.no_contact_sheet:
+        picture = arguments.contact_sheet or Path(arguments.path) / "contact_sheet.png"
+        print(f"\nContact sheet: {contact_sheet(arguments.path, picture)}")
 
 
 def _evaluate(parser: argparse.ArgumentParser):

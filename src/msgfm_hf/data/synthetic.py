@@ -336,7 +336,7 @@ class _Sky:
 def _landscape(rng: np.random.Generator, size: int, gsd: float) -> _Land:
     # The scales are several cells of a mask wide: what is hidden must be guessable from what is left.
     form = _noise(rng, size, scale=50.0, smoothness=1.5)
-    terrain = form * gsd * rng.uniform(1, 2.5)
+    terrain = form * gsd * rng.uniform(0.5, 1.5)
 
     # Fields from wet low ground to dry high ground, which lets relief tell something about colour.
     parcel = _parcels(rng, size, spacing=rng.uniform(56, 76))
@@ -351,18 +351,18 @@ def _landscape(rng: np.random.Generator, size: int, gsd: float) -> _Land:
     rock = form > np.quantile(form, 1 - rng.uniform(0.04, 0.14))
     material[rock], height[rock] = _CODE["rock"], (4 + crowns)[rock]
 
-    wood = _noise(rng, size, scale=15.0, smoothness=2.5)
-    woods = wood > np.quantile(wood, 1 - rng.uniform(0.15, 0.38))
+    wood = _noise(rng, size, scale=20.0, smoothness=2.5)
+    woods = wood > np.quantile(wood, 1 - rng.uniform(0.25, 0.4))
     stand = _noise(rng, size, scale=30.0, smoothness=2.0)
     conifers = woods & (stand > rng.normal(0, 0.7))
     material[woods], material[conifers] = _CODE["broadleaf"], _CODE["conifer"]
     height[woods] = (21 + 1.5 * stand + crowns)[woods]
 
     town = _noise(rng, size, scale=28.0, smoothness=2.5)
-    towns = town > np.quantile(town, 1 - rng.uniform(0.08, 0.22))
+    towns = town > np.quantile(town, 1 - rng.uniform(0.06, 0.16))
     block, street = _blocks(rng, size, spacing=rng.uniform(32, 44), width=2.0)
     # Most towns are of houses with tiled roofs and a few towers, some the other way round.
-    tall = rng.random(block.max() + 1) < rng.choice([0.0, 0.0], p=[0.8, 0.2])
+    tall = rng.random(block.max() + 1) < rng.choice([0.05, 0.8], p=[0.8, 0.2])
     storeys = np.where(tall, 26.0, 8.0) + rng.uniform(0, 3, tall.size)
     material[towns] = np.where(tall, _CODE["concrete"], _CODE["tiles"])[block][towns]
     height[towns] = storeys[block][towns]

@@ -1,9 +1,9 @@
 """Pretraining: `accelerate launch pretrain.py`, or `accelerate launch -m msgfm_hf.train.pretrain` from a wheel.
 
 A run's folder holds the best model so far (loadable with `from_pretrained`), its processor, `metrics.jsonl`, pictures
-and `checkpoints/`. The step is the only state of the data and of chance: order, crops, masks and crossings are functions of
-the seed and the step, and torch's generators are seeded anew at each step. So a run that resumes at a step goes on
-exactly as if it had never stopped.
+and `checkpoints/`. The step is the only state of the data and of chance: order, crops, masks and crossings are
+functions of the seed and the step, and torch's generators are seeded anew at each step. So a run that resumes at a step
+goes on exactly as if it had never stopped.
 """
 
 import argparse

@@ -159,8 +159,8 @@ def load_recipe(name_or_file: str, overrides: dict | None = None) -> Recipe:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise ValueError(
-                f"`recipe` must be a file or a name ({', '.join(recipe_names())}), got {name_or_file!r}, which does not "
-                "exist. Correct the path."
+                f"`recipe` must be a file or a name ({', '.join(recipe_names())}), got {name_or_file!r}. "
+                "There is no such file: correct the path."
             )
         text = path.read_text()
     elif name_or_file in recipe_names():
