@@ -17,7 +17,7 @@ from msgfm_hf.data.mixture import (
     grid_crops,
     steps_per_epoch,
 )
-from msgfm_hf.data.shards import CorruptShardError, ShardImage, ShardRow, ShardSource, ShardWriter
+from msgfm_hf.data.shards import ShardImage, ShardRow, ShardSource, ShardWriter
 
 SIZE = 8
 
@@ -235,15 +235,16 @@ def test_damaged_rows_are_replaced_and_reported_in_the_first_epoch(tmp_path):
         assert all("got damage at row" in reason for _, reason in sample["bad"])
         replaced += bool(skipped)
     assert replaced == 16
-    # Later epochs run without checksums.
-    assert all(not dataset[0, position]["bad"] for position in range(64, 128))
+    # A later epoch neither forgets what it found nor checks again what was sound.
+    assert sum(bool(dataset[0, position]["bad"]) for position in range(64, 128)) == replaced
 
 
-def test_too_many_damaged_rows_in_succession_stop(tmp_path):
+def test_after_too_many_damaged_rows_in_succession_a_sample_has_no_images(tmp_path):
     source = make_source(tmp_path, "photos", 16, photos)
     flip_a_bit(source, 3)
-    with pytest.raises(CorruptShardError, match="got damage at row"):
-        make_dataset([ShardSource(source.path)], max_bad=4)[0, 0]
+    sample = make_dataset([ShardSource(source.path)], max_bad=4)[0, 0]
+    assert sample["images"] is None and len(sample["bad"]) == 5
+    assert all("got damage at row" in reason for _, reason in sample["bad"])
 
 
 def test_what_cannot_be_mixed_is_refused(tmp_path):

@@ -291,7 +291,9 @@ def test_room_goes_to_first_choices_and_then_to_the_confident():
     # Logits (1, 0), (0, 3), (2, 0), (0, 0.5): expert 0 is the first choice of tokens 0 and 2, expert 1 of 1 and 3. That
     # fills both, and no second choice finds room, though token 1 is surer of its own than anybody.
     tokens[0, 0], tokens[1, 1], tokens[2, 0], tokens[3, 1] = 1.0, 3.0, 2.0, 0.5
-    assert block.router(tokens).selected_experts.tolist() == [[0, 2], [1, 2], [0, 2], [1, 2]]
+    routing = block.router(tokens)
+    assert routing.selected_experts.tolist() == [[0, 2], [1, 2], [0, 2], [1, 2]]
+    assert torch.equal(routing.weights == 0, routing.selected_experts == 2)
     # Now three first choices for expert 0, and the least sure of them (token 3, logit 0.5) is left out.
     tokens[3, 0], tokens[3, 1] = 0.5, 0.0
     assert block.router(tokens).selected_experts.tolist() == [[0, 2], [1, 2], [0, 1], [2, 2]]

@@ -67,9 +67,9 @@ def test_masked_l1_of_nothing_is_zero_and_has_a_gradient():
 
 
 def test_masked_l1_adds_up_in_float32():
-    # 4096 ones: bfloat16 has 8 bits, and a sum kept in it would stop at 256.
-    prediction = torch.ones(1, 1, 64, 64, dtype=torch.bfloat16)
-    loss = masked_l1(prediction, torch.zeros_like(prediction), torch.ones(1, 64, 64))
+    # 61 * 61 = 3721 ones: bfloat16 has 8 bits, and a sum or a count kept in it would be 3728.
+    prediction = torch.ones(1, 1, 61, 61, dtype=torch.bfloat16)
+    loss = masked_l1(prediction, torch.zeros_like(prediction), torch.ones(1, 61, 61))
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(1, rel=1e-6)
 
 

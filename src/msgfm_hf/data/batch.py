@@ -27,7 +27,11 @@ def collate(samples: Sequence[dict]) -> dict:
     Returns:
         `{"sources": [...], "bad": [...]}`; per source `index`, `keys`, `group_ids`, `positions` and `images`:
         `{sensor: {"pixels": (B, C, H, W) stored dtype, "valid": bool (B, H, W), "scale": (B,), "offset_dn": (B,)}}`.
+        Where a sample has no images, neither has the batch, and `bad` says why.
     """
+    bad = [found for sample in samples for found in sample["bad"]]
+    if any(sample["images"] is None for sample in samples):
+        return {"sources": [], "bad": bad}
     by_source: dict[int, list[dict]] = {}
     for sample in samples:
         by_source.setdefault(sample["source"], []).append(sample)
@@ -51,7 +55,7 @@ def collate(samples: Sequence[dict]) -> dict:
                 "images": images,
             }
         )
-    return {"sources": sources, "bad": [bad for sample in samples for bad in sample["bad"]]}
+    return {"sources": sources, "bad": bad}
 
 
 def rotations(sensors: Sequence[str]) -> list[dict[str, str]]:

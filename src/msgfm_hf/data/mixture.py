@@ -116,11 +116,11 @@ class MixtureDataset(Dataset):
         orders (`list[SourceOrder]`): their orders.
         image_size (`int`): the side of the crops in pixels.
         seed (`int`): the run's seed.
-        max_bad (`int`): how many damaged rows in succession may be skipped for one sample.
+        max_bad (`int`): after more damaged rows than this in succession a sample comes without images, for the
+            trainer to stop.
 
     Raises:
         ValueError: if orders and sources disagree, or the images of a row differ in size.
-        CorruptShardError: after `max_bad` damaged rows in succession.
     """
 
     def __init__(
@@ -140,8 +140,8 @@ class MixtureDataset(Dataset):
         Returns:
             `dict`: `source` (int), `position` (int), `key` (str), `group_id` (str), `images`: per sensor `pixels`
             `(C, image_size, image_size)` in the stored dtype, `valid` bool `(image_size, image_size)`, `scale` and
-            `offset_dn` (physical = (stored + offset_dn) * scale); `bad`: `(row, reason)` of every damaged row that
-            this one stands in for.
+            `offset_dn` (physical = (stored + offset_dn) * scale), or `None` where no row could be read; `bad`:
+            `(row, reason)` of every damaged row that this one stands in for.
         """
         index, position = item
         source, order = self.sources[index], self.orders[index]
@@ -149,12 +149,11 @@ class MixtureDataset(Dataset):
         while row is None:
             number = order[position + len(bad)]
             try:
-                # The first pass checks the page checksums; later ones trust the disk and run at full speed.
-                row = source.read(number, verify=position < len(order))
+                row = source.read(number, verify=True)
             except CorruptShardError as error:
                 bad.append((f"{source.name}[{number}]", str(error)))
                 if len(bad) > self.max_bad:
-                    raise
+                    return {"source": index, "position": position, "images": None, "bad": bad}
         height, width = _shared_size(row, source.path)
         generator = np.random.default_rng([self.seed, zlib.crc32(source.name.encode()), position])
         top = int(generator.integers(max(height - self.image_size, 0) + 1))

@@ -447,7 +447,9 @@ class ShardSource:
 
     def __getstate__(self):
         return {
-            name: value for name, value in self.__dict__.items() if name not in ("_handles", "_decoded", "_process")
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("_handles", "_decoded", "_verified", "_process")
         }
 
     def __setstate__(self, state):
@@ -459,7 +461,7 @@ class ShardSource:
 
         Args:
             index (`int`): row number in the split, over all files.
-            verify (`bool`): check the page checksums.
+            verify (`bool`): check the page checksums of its row group, the first time that this process reads it.
 
         Returns:
             `dict`: `key`, `group_id`, `pair_id`, `bounds`, `labels`, `images` (`{sensor: ShardImage}`) and `target`
@@ -505,6 +507,7 @@ class ShardSource:
     def _forget(self):
         self._handles: dict = {}
         self._decoded: dict = {}
+        self._verified: set[int] = set()
         self._process = os.getpid()
 
     def _row_group(self, index, verify):
@@ -514,14 +517,16 @@ class ShardSource:
             # After a fork, positions of inherited files are shared with the parent.
             self._forget()
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        verified, rows, pixels = self._decoded.pop(number, (False, None, None))
+        verify = verify and number not in self._verified
+        rows, pixels = self._decoded.pop(number, (None, None))
         file, group, first, count = self.row_groups[number]
-        if rows is None or (verify and not verified):
+        if rows is None or verify:
             names = [*_ROW_COLUMNS, *(f"{column}_meta" for column in (*self.sensors, "target"))]
             where = f"row {index} (among rows {first} to {first + count - 1})"
             rows, pixels = self._read(file, group, names, where, (*self.sensors, "target"), verify)
-            verified = verify
-        self._decoded[number] = (verified, rows, pixels)
+            if verify:
+                self._verified.add(number)
+        self._decoded[number] = (rows, pixels)
         while len(self._decoded) > BLOCK_ROW_GROUPS:
             self._decoded.pop(next(iter(self._decoded)))
         return file, rows[index - first], {name: payloads[index - first] for name, payloads in pixels.items()}

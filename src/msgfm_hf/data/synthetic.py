@@ -5,7 +5,7 @@ what one sensor shows can be learned from another. The data feeds the quickstart
 far simpler than the earth: **a number measured on it is never a result.**
 
 Fields, woods and streets have their size in pixels (blocks of 30 to 40, woods and fields of 30 to 100), so that every
-GSD shows them; heights are in metres (houses 8 to 11, towers 26 to 29, trees about 15 to 27). Relief grows with the
+GSD shows them; heights are in metres (houses 8 to 11, towers 26 to 29, trees 15 to 28). Relief grows with the
 GSD, and shadows shrink with it.
 """
 
@@ -50,23 +50,23 @@ _MATERIALS = {
     ),
     "green crop": _Material(
         *("crops", -10.8, -16.5, 1.0, 0.03, 2.4),
-        (0.045, 0.060, 0.120, 0.085, 0.150, 0.380, 0.460, 0.490, 0.510, 0.520, 0.480, 0.230, 0.120),
+        (0.050, 0.065, 0.135, 0.105, 0.165, 0.380, 0.460, 0.490, 0.510, 0.520, 0.480, 0.230, 0.120),
     ),
     "ripe crop": _Material(
         *("crops", -13.0, -20.0, 0.3, 0.03, 1.0),
-        (0.070, 0.082, 0.130, 0.145, 0.185, 0.250, 0.280, 0.310, 0.325, 0.330, 0.325, 0.360, 0.260),
+        (0.075, 0.090, 0.145, 0.165, 0.200, 0.250, 0.280, 0.310, 0.325, 0.330, 0.325, 0.360, 0.260),
     ),
     "ploughed": _Material(
         *("crops", -14.5, -22.5, 0.0, 0.03, 0.0),
-        (0.068, 0.080, 0.110, 0.135, 0.160, 0.190, 0.205, 0.225, 0.240, 0.245, 0.240, 0.320, 0.270),
+        (0.075, 0.090, 0.125, 0.155, 0.175, 0.190, 0.205, 0.225, 0.240, 0.245, 0.240, 0.320, 0.270),
     ),
     "meadow": _Material(
         *("grass", -12.3, -18.5, 1.0, 0.04, 0.3),
-        (0.053, 0.066, 0.118, 0.110, 0.165, 0.280, 0.325, 0.350, 0.365, 0.370, 0.350, 0.270, 0.160),
+        (0.060, 0.075, 0.140, 0.135, 0.180, 0.280, 0.325, 0.350, 0.365, 0.370, 0.350, 0.270, 0.160),
     ),
     "rock": _Material(
         *("bare", -16.0, -24.0, 0.0, 0.06, 0.0),
-        (0.160, 0.190, 0.240, 0.285, 0.300, 0.315, 0.325, 0.340, 0.350, 0.355, 0.350, 0.430, 0.390),
+        (0.140, 0.170, 0.215, 0.255, 0.275, 0.315, 0.325, 0.340, 0.350, 0.355, 0.350, 0.430, 0.390),
     ),
     "tiles": _Material(
         *("built", -4.0, -11.0, 0.0, 0.04, 0.0),
@@ -124,7 +124,7 @@ class Scene:
     Attributes:
         images (`dict[str, ShardImage]`): by sensor, pixels (C, H, W):
             `rgb` uint8 red, green, blue, 0..255; `dsm` float32 height of the surface above the sea in metres;
-            `s1` float32 VV, VH in dB, about -35..5; `s2` uint16 B01 .. B12 level-1C digital numbers,
+            `s1` float32 VV, VH in dB, about -40..10; `s2` uint16 B01 .. B12 level-1C digital numbers,
             reflectance = stored * 1e-4 - 0.1, as in products since baseline 04.00.
         labels (`ShardImage`): uint8 (1, H, W) of units `class`, positions in `CLASSES`.
         terrain (`np.ndarray`): float32 (H, W), height of the bare ground above the sea in metres.
@@ -336,13 +336,13 @@ class _Sky:
 def _landscape(rng: np.random.Generator, size: int, gsd: float) -> _Land:
     # The scales are several cells of a mask wide: what is hidden must be guessable from what is left.
     form = _noise(rng, size, scale=50.0, smoothness=1.5)
-    terrain = form * gsd * rng.uniform(0.5, 1.5)
+    terrain = form * gsd * rng.uniform(0.6, 1.6)
 
     # Fields from wet low ground to dry high ground, which lets relief tell something about colour.
     parcel = _parcels(rng, size, spacing=rng.uniform(56, 76))
     count = parcel.max() + 1
     altitude = np.bincount(parcel.ravel(), form.ravel(), count) / np.maximum(np.bincount(parcel.ravel()), 1)
-    dryness = altitude + 0.3 * rng.standard_normal(count) + 0.6 * rng.standard_normal()
+    dryness = altitude + 0.3 * rng.standard_normal(count) + 0.4 * rng.standard_normal()
     fields = np.array([_CODE[name] for name in ("meadow", "green crop", "ripe crop", "ploughed")], np.uint8)
     material = fields[np.digitize(dryness, (-0.5, 0.1, 1.0))][parcel]
     height = _PLANT_HEIGHT[material]
@@ -351,8 +351,8 @@ def _landscape(rng: np.random.Generator, size: int, gsd: float) -> _Land:
     rock = form > np.quantile(form, 1 - rng.uniform(0.04, 0.14))
     material[rock], height[rock] = _CODE["rock"], (4 + crowns)[rock]
 
-    wood = _noise(rng, size, scale=20.0, smoothness=2.5)
-    woods = wood > np.quantile(wood, 1 - rng.uniform(0.25, 0.4))
+    wood = _noise(rng, size, scale=15.0, smoothness=2.5)
+    woods = wood > np.quantile(wood, 1 - rng.uniform(0.2, 0.32))
     stand = _noise(rng, size, scale=30.0, smoothness=2.0)
     conifers = woods & (stand > rng.normal(0, 0.7))
     material[woods], material[conifers] = _CODE["broadleaf"], _CODE["conifer"]
@@ -361,8 +361,8 @@ def _landscape(rng: np.random.Generator, size: int, gsd: float) -> _Land:
     town = _noise(rng, size, scale=28.0, smoothness=2.5)
     towns = town > np.quantile(town, 1 - rng.uniform(0.06, 0.16))
     block, street = _blocks(rng, size, spacing=rng.uniform(32, 44), width=2.0)
-    # Most towns are of houses with tiled roofs and a few towers, some the other way round.
-    tall = rng.random(block.max() + 1) < rng.choice([0.05, 0.8], p=[0.8, 0.2])
+    # Towns are of houses with tiled roofs; those of one scene in ten are mostly towers.
+    tall = rng.random(block.max() + 1) < rng.choice([0.0, 0.8], p=[0.9, 0.1])
     storeys = np.where(tall, 26.0, 8.0) + rng.uniform(0, 3, tall.size)
     material[towns] = np.where(tall, _CODE["concrete"], _CODE["tiles"])[block][towns]
     height[towns] = storeys[block][towns]
@@ -373,9 +373,9 @@ def _landscape(rng: np.random.Generator, size: int, gsd: float) -> _Land:
     material[road], height[road] = _CODE["asphalt"], 0.0
 
     # Water lies flat, below its banks.
-    level = np.quantile(form, rng.uniform(0.02, 0.3))
+    level = np.quantile(form, rng.uniform(0.02, 0.22))
     water = form < level
-    material[water], height[water], terrain[water] = _CODE["water"], 0.0, terrain[~water].min() - 3
+    material[water], height[water], terrain[water] = _CODE["water"], 0.0, terrain[~water].min() - 4
     terrain += rng.uniform(30, 600)
 
     # Whole fields differ in vigour, and so do places within them.

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -24,10 +25,11 @@ class MsGFMConfig(BackboneConfigMixin, PreTrainedConfig):
         sensors (`dict[str, dict]`, *optional*, defaults to the catalogue's rgb, s2, s1 and dsm):
             Every sensor the model has an embedding for: `{id: SensorSpec(...).to_dict()}`. Kept sorted by id.
         inputs (`dict[str, list[str]]`, *optional*, defaults to `{"rgb": ["red", "green", "blue"]}`):
-            What a checkpoint expects: the sensors and, by name, their bands. A bare tensor is this single sensor.
+            What a checkpoint expects: the sensors and, by name, their bands. A bare tensor is this single sensor. Kept
+            sorted by id.
         fusion (`str`, *optional*, defaults to `"early"`):
             How several sensors of one place are joined (paper, appendix C.2): `early` sums their embeddings (method 2),
-            `late` encodes each alone and concatenates the final features in the order of `inputs` (method 1).
+            `late` encodes each alone and concatenates the final features in the (sorted) order of `inputs` (method 1).
         image_size (`int`, *optional*, defaults to 192): height and width of training crops in pixels; any size runs.
         patch_size (`int`, *optional*, defaults to 4): side of an embedding patch in pixels.
         embed_dim (`int`, *optional*, defaults to 128): channels of the first stage; each stage doubles them.
@@ -103,13 +105,17 @@ class MsGFMConfig(BackboneConfigMixin, PreTrainedConfig):
         self._refuse_misspelt(kwargs)
         for name in _DERIVED:
             kwargs.pop(name, None)
+        out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
+        super().__post_init__(**kwargs)
         if self.sensors is None:
             self.sensors = {sensor: SENSORS[sensor].to_dict() for sensor in ("rgb", "s2", "s1", "dsm")}
-        # JSON sorts keys, and parameters are registered in this order: a reloaded model must have the same.
+        # JSON sorts keys. Parameters are registered in the order of `sensors`, features of late fusion laid out in that
+        # of `inputs`: a reloaded model must have the same.
         self.sensors = dict(sorted(self.sensors.items()))
         if self.inputs is None:
             default = "rgb" if "rgb" in self.sensors else next(iter(self.sensors), None)
             self.inputs = {default: self.sensor(default).band_names} if default else {}
+        self.inputs = dict(sorted(self.inputs.items()))
         if self.moe_blocks is None:
             # "Every other Swin block", numbered 1, 3, ..., 17: the blocks of stage 3 (the paper's third of four).
             self.moe_blocks = [[] for _ in self.depths]
@@ -118,11 +124,8 @@ class MsGFMConfig(BackboneConfigMixin, PreTrainedConfig):
         self.num_layers = len(self.depths)
         self.hidden_size = self.embed_dim * 2 ** (self.num_layers - 1)
         self.stage_names = ["stem"] + [f"stage{stage}" for stage in range(1, self.num_layers + 1)]
-        self.set_output_features_output_indices(
-            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
-        )
+        self.set_output_features_output_indices(out_indices=out_indices, out_features=out_features)
         self._check()
-        super().__post_init__(**kwargs)
 
     def sensor(self, sensor: str) -> SensorSpec:
         """The sensor of that id.
@@ -154,7 +157,7 @@ class MsGFMConfig(BackboneConfigMixin, PreTrainedConfig):
     def _check(self):
         def need(holds, field, rule, remedy):
             if not holds:
-                raise ValueError(f"`{field}` must {rule}, got {getattr(self, field)!r}. {remedy}".rstrip())
+                raise ValueError(f"`{field}` must {rule}, got {getattr(self, field)!r}. {remedy}")
 
         need(self.sensors, "sensors", "name at least one sensor", "Leave it out for the paper's four.")
         for sensor, spec in self.sensors.items():
@@ -165,16 +168,40 @@ class MsGFMConfig(BackboneConfigMixin, PreTrainedConfig):
                 )
         need(self.inputs, "inputs", "name at least one sensor and its bands", "For example {'s1': ['VV', 'VH']}.")
         for sensor, bands in self.inputs.items():
+            need(bands, "inputs", "name the bands of every sensor", "For example {'s1': ['VV', 'VH']}.")
             self.sensor(sensor).select(bands)
         need(self.fusion in ("early", "late"), "fusion", "be 'early' or 'late'", "See the paper's appendix C.2.")
         need(self.depths, "depths", "name at least one stage", "The paper has [2, 2, 18, 2].")
-        for field in ("image_size", "patch_size", "embed_dim", "window_size", "num_experts", "num_experts_per_tok"):
+        need(all(depth > 0 for depth in self.depths), "depths", "be above 0 in every stage", "Leave the stage out.")
+        for field in (
+            "image_size",
+            "patch_size",
+            "embed_dim",
+            "window_size",
+            "mlp_ratio",
+            "num_experts",
+            "num_experts_per_tok",
+            "layer_norm_eps",
+        ):
             need(getattr(self, field) > 0, field, "be above 0", "Correct it.")
+        for field in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
+            need(0 <= getattr(self, field) < 1, field, "be at least 0 and below 1", "0 turns it off.")
+        need(self.hidden_act in ACT2FN, "hidden_act", "be an activation of Transformers", "The paper has 'gelu'.")
         for field in ("num_heads", "moe_blocks"):
-            need(len(getattr(self, field)) == len(self.depths), field, f"have one entry per stage {self.depths}", "")
+            need(
+                len(getattr(self, field)) == len(self.depths),
+                field,
+                f"have one entry per stage {self.depths}",
+                "Add or drop some.",
+            )
         for stage, heads in enumerate(self.num_heads):
             width = self.embed_dim * 2**stage
-            need(heads > 0 and width % heads == 0, "num_heads", f"divide the stages' widths ({width})", "")
+            need(
+                heads > 0 and width % heads == 0,
+                "num_heads",
+                f"divide the stages' widths ({width})",
+                "Double it per stage.",
+            )
         for stage, blocks in enumerate(self.moe_blocks):
             inside = all(0 <= block < self.depths[stage] for block in blocks)
             need(inside, "moe_blocks", f"count blocks inside their stage ({self.depths})", "The first block is 0.")
@@ -193,7 +220,7 @@ class MsGFMConfig(BackboneConfigMixin, PreTrainedConfig):
         for field in ("capacity_factor", "eval_capacity_factor"):
             value = getattr(self, field)
             need(value is None or value > 0, field, "be above 0, or None for no limit", "The paper has 1.25.")
-        for field in ("router_noise", "router_aux_loss_coef"):
+        for field in ("router_noise", "router_aux_loss_coef", "initializer_range"):
             need(getattr(self, field) >= 0, field, "not be negative", "0 turns it off.")
 
 

@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_msgfm import MsGFMConfig
-from .modeling_msgfm import MsGFMModel, MsGFMModelOutput, MsGFMPreTrainedModel, PixelValues
+from .modeling_msgfm import MsGFMModel, MsGFMModelOutput, MsGFMPreTrainedModel, PixelValues, by_sensor, shared_grid
 
 
 @dataclass
@@ -124,11 +124,20 @@ class MsGFMForSemanticSegmentation(_MsGFMHead):
         logits = self.classifier(F.gelu(joined))
         loss = None
         if labels is not None:
+            wanted = (maps[0].shape[0], *shared_grid(by_sensor(self.config, pixel_values, "pixel_values"))[1:])
+            if tuple(labels.shape) != wanted:
+                raise ValueError(
+                    f"`labels` must have shape {wanted}, one class per pixel, got {tuple(labels.shape)}. Resample them "
+                    "to the image's grid with nearest neighbours."
+                )
             # Logits belong to whole patches; where the image ends inside the last one, the rest is cut off.
             patch = self.config.patch_size
             full = F.interpolate(logits.float(), scale_factor=patch, mode="bilinear", align_corners=False)
             full = full[..., : labels.shape[1], : labels.shape[2]]
-            loss = F.cross_entropy(full, labels.long(), ignore_index=self.config.semantic_loss_ignore_index)
+            ignored = self.config.semantic_loss_ignore_index
+            # The mean over labelled pixels, and 0 rather than NaN where there is none.
+            loss = F.cross_entropy(full, labels.long(), ignore_index=ignored, reduction="sum")
+            loss = loss / (labels != ignored).sum().clamp(min=1)
         return self._output(loss, logits, outputs, outputs.hidden_states if output_hidden_states else None)
 
 

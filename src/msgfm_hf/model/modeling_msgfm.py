@@ -130,6 +130,45 @@ class MsGFMPatchEmbeddings(nn.Module):
         return F.conv2d(pixels, weight, self.projection.bias, stride=self.projection.stride).permute(0, 2, 3, 1)
 
 
+def shared_grid(pixel_values: Mapping[str, torch.Tensor]) -> tuple[int, int, int]:
+    """The rows, height and width that the images {sensor: (B, C, H, W)} of one place share.
+
+    Raises:
+        ValueError: if they do not share them, or there is nothing in them.
+    """
+    grids = {}
+    for sensor, pixels in pixel_values.items():
+        if pixels.ndim != 4 or pixels.numel() == 0:
+            raise ValueError(
+                f"`pixel_values` for sensor {sensor!r} must be (images, bands, height, width), at least 1 each, got "
+                f"shape {tuple(pixels.shape)}. Preprocess images with `MsGFMImageProcessor`."
+            )
+        grids[sensor] = (pixels.shape[0], *pixels.shape[2:])
+    first = next(iter(grids.values()))
+    for sensor, grid in grids.items():
+        if grid != first:
+            raise ValueError(
+                f"`pixel_values` of all sensors must share one pixel grid, (images, height, width) = {first}, got "
+                f"{grid} for sensor {sensor!r}. Warp it to the others' grid first (for files: "
+                "rasterio.warp.reproject, or gdalwarp -tr -te)."
+            )
+    return first
+
+
+def check_patches(argument: str, mask: torch.Tensor, rows: int, height: int, width: int, patch: int):
+    """Raise unless a mask has one entry per embedding patch of `rows` images.
+
+    Raises:
+        ValueError: giving the shape it must have.
+    """
+    shape = (rows, math.ceil(height / patch) * math.ceil(width / patch))
+    if tuple(mask.shape) != shape:
+        raise ValueError(
+            f"`{argument}` must have shape {shape} (one entry per patch of {patch} pixels, row-major), got "
+            f"{tuple(mask.shape)}. `masking.draw_mask` makes one."
+        )
+
+
 class EmbeddedTokens(NamedTuple):
     """Tokens on their way into the encoder."""
 
@@ -168,20 +207,14 @@ class MsGFMEmbeddings(nn.Module):
             valid_mask: {sensor: bool (B, H, W)}, True = valid.
             bool_masked_pos: (B, L), bool or 0/1, 1 = masked.
         """
-        batch_size, _, height, width = next(iter(pixel_values.values())).shape
+        batch_size, height, width = shared_grid(pixel_values)
         patch = self.config.patch_size
         grid = math.ceil(height / patch), math.ceil(width / patch)
         padding = (0, grid[1] * patch - width, 0, grid[0] * patch - height)
 
         terms, norms, valids = [], [], []
         for sensor, pixels in pixel_values.items():
-            names = self._bands(sensor, pixels, bands)
-            if pixels.shape[0] != batch_size or pixels.shape[2:] != (height, width):
-                raise ValueError(
-                    f"`pixel_values` of all sensors must share one pixel grid {(batch_size, height, width)}, got "
-                    f"{tuple(pixels.shape)} for sensor {sensor!r}. Warp it to the others' grid first "
-                    "(for files: rasterio.warp.reproject, or gdalwarp -tr -te)."
-                )
+            names = self.bands_of(sensor, pixels, bands)
             spec = self.config.sensor(sensor)
             index = spec.index(names)
             pixels = torch.where(torch.isfinite(pixels), pixels, 0)
@@ -208,11 +241,7 @@ class MsGFMEmbeddings(nn.Module):
         hidden_states = hidden_states.flatten(1, 2)
         hidden = None if patch_valid is None else ~patch_valid.flatten(1)
         if bool_masked_pos is not None:
-            if tuple(bool_masked_pos.shape) != (batch_size, grid[0] * grid[1]):
-                raise ValueError(
-                    f"`bool_masked_pos` must have shape {(batch_size, grid[0] * grid[1])} (one entry per patch of "
-                    f"{patch} pixels, row-major), got {tuple(bool_masked_pos.shape)}. `masking.draw_mask` makes one."
-                )
+            check_patches("bool_masked_pos", bool_masked_pos, batch_size, height, width, patch)
             masked = bool_masked_pos.to(torch.bool)
             hidden = masked if hidden is None else hidden | masked
         if hidden is not None:
@@ -220,11 +249,20 @@ class MsGFMEmbeddings(nn.Module):
             hidden_states = torch.where(hidden.unsqueeze(-1), token, hidden_states)
         return EmbeddedTokens(self.dropout(hidden_states), grid, patch_valid)
 
-    def _bands(self, sensor: str, pixels: torch.Tensor, bands) -> list[str]:
-        """Names of the bands of a tensor: as given, else `config.inputs`, else all of the sensor."""
+    def bands_of(self, sensor: str, pixels: torch.Tensor, bands: Mapping[str, Sequence[str]] | None) -> list[str]:
+        """Names of the bands of a tensor: as given, else `config.inputs`, else all of the sensor.
+
+        Raises:
+            ValueError: if the tensor has another number of bands.
+        """
         spec = self.config.sensor(sensor)
-        names = (bands or {}).get(sensor) or self.config.inputs.get(sensor) or spec.band_names
-        if pixels.ndim != 4 or pixels.shape[1] != len(names):
+        names = next((found[sensor] for found in (bands or {}, self.config.inputs) if sensor in found), spec.band_names)
+        if not names:
+            raise ValueError(
+                f"`bands` for sensor {sensor!r} must name at least one band, got none. Leave it out for "
+                f"{', '.join(spec.band_names)}."
+            )
+        if pixels.shape[1] != len(names):
             raise ValueError(
                 f"`pixel_values` for sensor {sensor!r} must have {len(names)} bands ({', '.join(names)}), got shape "
                 f"{tuple(pixels.shape)}. Select bands by name with `bands=`."
@@ -297,11 +335,10 @@ def window_visibility(grid: tuple[int, int], window: int, shift: int, device) ->
     regions = []
     for size, whole in zip(grid, padded, strict=True):
         position = torch.arange(whole, device=device)
-        # Bands along one axis after the roll: inside, the last window's own part, the part from the other side.
-        region = (position >= whole - window).long() + (position >= whole - shift).long() if shift else position * 0
+        from_other_side = (position >= whole - shift) & (shift > 0)
         is_padding = (position + shift) % whole >= size
-        regions.append(region + 3 * is_padding.long())
-    region = regions[0][:, None] * 6 + regions[1][None, :]
+        regions.append(from_other_side.long() + 2 * is_padding.long())
+    region = regions[0][:, None] * 4 + regions[1][None, :]
     region = window_partition(region[None, :, :, None], window, 0).squeeze(-1)
     return region.unsqueeze(2) == region.unsqueeze(1)
 
@@ -366,12 +403,16 @@ class MsGFMWindowAttention(nn.Module):
             query, key, value = query.reshape(shape), key.reshape(shape), value.reshape(shape)
 
         implementation = self.config._attn_implementation
-        if implementation == "sdpa" and torch.is_grad_enabled() and not hidden_states.is_cuda:
-            # On CPU, SDPA with a mask that needs a gradient takes an unfused path: in bf16 three times as slow.
-            implementation = "eager"
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        # On CPU, SDPA with a mask that needs a gradient takes an unfused path: in bf16 three times as slow.
+        unfused = implementation == "sdpa" and torch.is_grad_enabled() and not hidden_states.is_cuda
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            "eager" if unfused else implementation, eager_attention_forward
+        )
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
         context, attention = attend(self, query, key, value, bias, scaling=self.scaling, dropout=dropout, **kwargs)
+        if unfused:
+            # SDPA returns no weights, with gradients or without.
+            attention = None
         if visible is not None:
             context = context.transpose(1, 2).reshape(windows, self.num_heads, tokens, self.head_dim).transpose(1, 2)
         if attention is not None:
@@ -433,20 +474,20 @@ class MsGFMTopKRouter(nn.Module):
         factor = config.capacity_factor if self.training else config.eval_capacity_factor
         if factor is not None:
             capacity = config.num_experts_per_tok * int(factor * math.ceil(len(selected) / config.num_experts))
-            has_room = self._has_room(weights[:, 0].detach(), selected, capacity)
+            has_room = self._has_room(weights[:, 0].detach(), selected, capacity, config.num_experts)
             selected = torch.where(has_room, selected, config.num_experts)
             weights = torch.where(has_room, weights, 0)
         return Routing(router_logits, threshold, selected, weights)
 
     @staticmethod
-    def _has_room(confidence: torch.Tensor, selected: torch.Tensor, capacity: int) -> torch.Tensor:
+    def _has_room(confidence: torch.Tensor, selected: torch.Tensor, capacity: int, num_experts: int) -> torch.Tensor:
         """Batch-prioritised routing (arXiv 2106.05974): the most confident tokens go first, all first choices before
         any second. From (T,) and (T, K), bool (T, K): whether that choice finds room."""
         tokens, choices = selected.shape
         order = confidence.argsort(descending=True, stable=True)
         queue = selected[order].t().reshape(-1)
         # Each choice's place in the queue of its expert.
-        place = F.one_hot(queue).cumsum(0).gather(1, queue.unsqueeze(1)).squeeze(1)
+        place = F.one_hot(queue, num_experts).cumsum(0).gather(1, queue.unsqueeze(1)).squeeze(1)
         has_room = torch.empty_like(selected, dtype=torch.bool)
         has_room[order] = (place <= capacity).view(choices, tokens).t()
         return has_room
@@ -501,6 +542,8 @@ class MsGFMSparseMoeBlock(nn.Module):
         self.config = config
         self.router = MsGFMTopKRouter(config, dim)
         self.experts = MsGFMExperts(config, dim)
+        # Transformers' kernels know the index E, "no expert", from experts spread over devices: here, dropped tokens.
+        self.experts._is_expert_parallel = True
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """(B, L, D) -> the same, the router's logits (T, E), the auxiliary loss, and the selected experts (T, K)."""
@@ -534,14 +577,15 @@ def routing_statistics(
         raise ValueError(
             "`output` must carry router logits, got none. Call the model with `output_router_logits=True`."
         )
-    rows = sum(count for _, _, count in output.slices)
-    tokens_per_row = len(output.selected_experts[0]) // rows
-    sensors = [sensor for _, sensor, count in output.slices for _ in range(count * tokens_per_row)]
+    sensors = sorted({sensor for _, sensor, _ in output.slices})
+    device = output.selected_experts[0].device
+    owner = torch.tensor([sensors.index(sensor) for _, sensor, _ in output.slices], device=device)
+    owner = owner.repeat_interleave(torch.tensor([count for _, _, count in output.slices], device=device))
     statistics = {}
-    for sensor in sorted(set(sensors)):
-        mine = torch.tensor([other == sensor for other in sensors], device=output.selected_experts[0].device)
+    for number, sensor in enumerate(sensors):
         blocks = {"histogram": [], "load": [], "dropped": [], "aux_loss": []}
         for logits, selected in zip(output.router_logits, output.selected_experts, strict=True):
+            mine = owner.repeat_interleave(len(selected) // len(owner)) == number
             logits, selected = logits[mine].detach(), selected[mine]
             counts = torch.bincount(selected.flatten(), minlength=num_experts + 1).float() / selected.numel()
             threshold = logits.topk(selected.shape[1], dim=-1).values[:, -1]
@@ -692,7 +736,6 @@ class MsGFMPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = False
     _supports_flex_attn = False
     _supports_attention_backend = True
-    _can_compile_fullgraph = True
     _can_record_outputs = {
         "hidden_states": OutputRecorder(MsGFMStage, index=0, capture_initial_hidden_state=True),
         "attentions": OutputRecorder(MsGFMStage, index=2, capture_initial_hidden_state=False),
@@ -745,16 +788,27 @@ class MsGFMPreTrainedModel(PreTrainedModel):
         """As `PreTrainedModel.from_pretrained`, but an encoder that is not all in the checkpoint is an error.
 
         Raises:
-            ValueError: naming the keys of the trunk that are missing or have another shape, unless
+            ValueError: naming the keys of the trunk that are missing, and all that have another shape, unless
                 `ignore_mismatched_sizes=True` allows the latter.
         """
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        allowed = kwargs.pop("ignore_mismatched_sizes", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
         missing = sorted(key for key in info["missing_keys"] if _is_trunk_key(key))
         if missing and pretrained_model_name_or_path is not None:
-            shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
             raise ValueError(
                 f"`pretrained_model_name_or_path` must hold the whole encoder, got {pretrained_model_name_or_path!r} "
-                f"without {shown}. Load it with the configuration it was saved with, or convert it first."
+                f"without {_shortened(missing)}. Load it with the configuration it was saved with, or convert it first."
+            )
+        mismatched = sorted(
+            f"{key} {tuple(stored)} for {tuple(wanted)}" for key, stored, wanted in info["mismatched_keys"]
+        )
+        if mismatched and not allowed:
+            raise ValueError(
+                f"`pretrained_model_name_or_path` must have the shapes of the configuration, got "
+                f"{pretrained_model_name_or_path!r} with {_shortened(mismatched)}. Load it with its own configuration, "
+                "or give `ignore_mismatched_sizes=True` to start these afresh."
             )
         return (model, info) if output_loading_info else model
 
@@ -817,6 +871,10 @@ class MsGFMPreTrainedModel(PreTrainedModel):
         return matches
 
 
+def _shortened(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
 def _is_trunk_key(key: str) -> bool:
     key = key.removeprefix(MsGFMPreTrainedModel.base_model_prefix + ".")
     return key.split(".")[0] in ("embeddings", "encoder", "layernorm")
@@ -858,10 +916,12 @@ class MsGFMEncoder(MsGFMPreTrainedModel):
         self,
         hidden_states: torch.Tensor,
         grid: tuple[int, int],
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MsGFMEncoderOutput:
         """Tokens (B, L, D) of a grid (h, w) -> tokens of the last stage and what was asked for on the way."""
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         maps = (_as_map(hidden_states, grid),) if output_hidden_states else None
         aux_losses, selections = [], []
         for stage in self.layers:
@@ -914,6 +974,20 @@ def by_sensor(config: MsGFMConfig, values, argument: str) -> dict[str, torch.Ten
             f"{type(values).__name__}. Preprocess images with `MsGFMImageProcessor`."
         )
     return dict(values)
+
+
+def refuse_unmatched(argument: str, given: Mapping | None, pixel_values: Mapping):
+    """Raise for an entry that belongs to no input: it would be left unread.
+
+    Raises:
+        ValueError: naming it.
+    """
+    unmatched = sorted(set(given or ()) - set(pixel_values))
+    if unmatched:
+        raise ValueError(
+            f"`{argument}` must be for sensors of `pixel_values` ({', '.join(pixel_values)}), got {unmatched[0]!r}. "
+            "Correct the name or leave it out."
+        )
 
 
 # What Transformers itself sends through every forward, and no more: a misspelt argument must not vanish in `**kwargs`.
@@ -988,6 +1062,9 @@ class MsGFMModel(MsGFMPreTrainedModel):
         if pixel_values is None:
             raise ValueError("`pixel_values` must be given, got None. Preprocess images with `MsGFMImageProcessor`.")
         valid_mask = by_sensor(self.config, valid_mask, "valid_mask")
+        shared_grid(pixel_values)
+        refuse_unmatched("valid_mask", valid_mask, pixel_values)
+        refuse_unmatched("bands", bands, pixel_values)
 
         if self.config.fusion == "early":
             slices = [pixel_values]
@@ -1113,7 +1190,7 @@ class MsGFMForPreTraining(MsGFMPreTrainedModel):
         bands: Mapping | Sequence | None = None,
         valid_mask: torch.Tensor | Mapping | Sequence | None = None,
         targets: Mapping[str, str] | Sequence[Mapping[str, str]] | None = None,
-        weights: float | Sequence[float] | None = None,
+        weights: float | Sequence[float] | torch.Tensor | None = None,
         bool_loss_pos: torch.Tensor | Mapping | Sequence | None = None,
         reference: torch.Tensor | Mapping | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -1152,7 +1229,7 @@ class MsGFMForPreTraining(MsGFMPreTrainedModel):
         valids = self._nest(valid_mask, "valid_mask", sources)
         bands = [None] * len(sources) if bands is None else [bands] if isinstance(bands, Mapping) else list(bands)
         targets = self._targets(targets, sources)
-        if weights is None or not isinstance(weights, Sequence):
+        if weights is None or isinstance(weights, int | float):
             weights = [1.0 if weights is None else weights] * len(sources)
         for name, values in (("bands", bands), ("weights", weights)):
             if len(values) != len(sources):
@@ -1162,6 +1239,11 @@ class MsGFMForPreTraining(MsGFMPreTrainedModel):
 
         parts, slices = [], []
         for index, source in enumerate(sources):
+            rows, height, width = shared_grid(source)
+            for mask in () if bool_loss_pos is None or not masks else loss_masks[index].values():
+                check_patches("bool_loss_pos", mask, rows, height, width, self.config.patch_size)
+            refuse_unmatched("valid_mask", valids[index] if valids else None, source)
+            refuse_unmatched("bands", bands[index], source)
             for sensor, pixels in source.items():
                 mask = masks[index].get(sensor) if masks else None
                 valid = {sensor: valids[index][sensor]} if valids and sensor in valids[index] else None
@@ -1218,7 +1300,7 @@ class MsGFMForPreTraining(MsGFMPreTrainedModel):
             return []
         if isinstance(values, torch.Tensor | Mapping):
             values = [values]
-        nested = [by_sensor(self.config, value, argument) for value in values]
+        nested = [by_sensor(self.config, value, argument) or {} for value in values]
         if like is not None and argument != "valid_mask" and [set(v) for v in nested] != [set(v) for v in like]:
             raise ValueError(
                 f"`{argument}` must be nested as `pixel_values` ({[sorted(v) for v in like]}), got "
@@ -1253,7 +1335,7 @@ class MsGFMForPreTraining(MsGFMPreTrainedModel):
     def _decoder(self, sensor: str, bands, grid: tuple[int, int], pixels: torch.Tensor):
         """D of a sensor, for the bands its input has: features (B, L, D) -> (B, C, H, W)."""
         spec, stride = self.config.sensor(sensor), self.config.encoder_stride
-        index = spec.index(self.msgfm.embeddings._bands(sensor, pixels, bands))
+        index = spec.index(self.msgfm.embeddings.bands_of(sensor, pixels, bands))
         convolution = self.decoders[sensor]
         merges = 2 ** (len(self.config.depths) - 1)
         final = math.ceil(grid[0] / merges), math.ceil(grid[1] / merges)
@@ -1284,7 +1366,7 @@ class ParameterCount(NamedTuple):
 
 
 def count_parameters(
-    model: MsGFMPreTrainedModel, inputs: Sequence[str] = ("rgb",), targets: Sequence[str] = ("rgb",)
+    model: MsGFMPreTrainedModel, inputs: Sequence[str] | None = None, targets: Sequence[str] | None = None
 ) -> ParameterCount:
     """Count parameters: all, and those active when images of `inputs` are turned into `targets`.
 
@@ -1292,12 +1374,14 @@ def count_parameters(
 
     Args:
         model: any msGFM model.
-        inputs: sensors that go in.
-        targets: sensors that come out; read only where the model has decoders.
+        inputs: sensors that go in, default `config.inputs`.
+        targets: sensors that come out, default the inputs; read only where the model has decoders.
 
     Raises:
         ValueError: for a sensor the model does not have.
     """
+    inputs = list(model.config.inputs) if inputs is None else inputs
+    targets = inputs if targets is None else targets
     for sensor in (*inputs, *targets):
         model.config.sensor(sensor)
     share = model.config.num_experts_per_tok / model.config.num_experts

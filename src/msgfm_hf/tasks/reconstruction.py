@@ -44,8 +44,8 @@ def training_statistics(
 ) -> TrainingStatistics:
     """Means, medians and pixelwise regressions between the sensors of a source, from crops of its training places."""
     pixels: dict[str, list[torch.Tensor]] = defaultdict(list)
+    share = _FIT_PIXELS / (min(len(EvaluationCrops(source, image_size)), max_crops) * image_size**2)
     for part, pixel_values, valid_mask in _crops(source, processor, image_size, max_crops, batch_size=8):
-        share = _FIT_PIXELS / (min(len(EvaluationCrops(source, image_size)), max_crops) * image_size**2)
         everywhere = torch.stack(list(valid_mask.values())).all(0)
         generator = np.random.default_rng([seed, part["positions"][0]])
         chosen = torch.from_numpy(generator.random(tuple(everywhere.shape)) < share) & everywhere

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,12 +37,21 @@ def _fsync(path: Path):
         os.close(handle)
 
 
-def _no_room(error: OSError, path: Path) -> CheckpointError:
-    why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
-    return CheckpointError(
-        f"`output_dir` must be writable, got {str(path)!r}: {why}. What was saved before is whole; make room and add "
-        "`--resume`."
-    )
+@contextmanager
+def checkpoint_errors(folder: Path) -> Iterator[None]:
+    """Turn what goes wrong while writing into one clear error.
+
+    Raises:
+        CheckpointError: for any OSError inside.
+    """
+    try:
+        yield
+    except OSError as error:
+        why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
+        raise CheckpointError(
+            f"`output_dir` must be writable, got {str(folder)!r}: {why}. What was saved before is whole; make room and "
+            "add `--resume`."
+        ) from error
 
 
 def write_text(path: Path, text: str):
@@ -50,13 +61,13 @@ def write_text(path: Path, text: str):
         CheckpointError: if it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text)
-        _fsync(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise _no_room(error, path.parent) from error
+    with checkpoint_errors(path.parent):
+        try:
+            temporary.write_text(text)
+            _fsync(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def save_model(folder: Path, model: MsGFMForPreTraining, processor: MsGFMImageProcessor):
@@ -66,16 +77,24 @@ def save_model(folder: Path, model: MsGFMForPreTraining, processor: MsGFMImagePr
         CheckpointError: if they cannot be written.
     """
     temporary = folder / ".model.tmp"
+    with checkpoint_errors(folder), _torch_errors():
+        try:
+            _save_into(temporary, model, processor)
+            # The weights last: the files before them are the same for every step of a run.
+            for file in sorted(temporary.iterdir(), key=lambda file: file.suffix == ".safetensors"):
+                os.replace(file, folder / file.name)
+            _fsync(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _torch_errors() -> Iterator[None]:
+    """Let a full disk be an OSError: torch and safetensors report a full disk as errors of their own."""
     try:
-        _save_into(temporary, model, processor)
-        # The weights last: the files before them are the same for every step of a run.
-        for file in sorted(temporary.iterdir(), key=lambda file: file.suffix == ".safetensors"):
-            os.replace(file, folder / file.name)
-        temporary.rmdir()
-        _fsync(folder)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise _no_room(error, folder) from error
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(str(error)) from error
 
 
 def _save_into(folder: Path, model, processor):
@@ -118,33 +137,27 @@ def save_checkpoint(
     """
     folder = run_dir / "checkpoints"
     temporary, final = folder / ".step.tmp", folder / f"step-{state['step']:08d}"
-    try:
-        _save_into(temporary, model, processor)
-        torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
-        (temporary / "state.json").write_text(json.dumps({**state, "identity": made_by["identity"]}))
-        for name in ("optimizer.pt", "state.json"):
-            _fsync(temporary / name)
-        _fsync(temporary)
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-        _fsync(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # torch and safetensors report a full disk as errors of their own.
-        shutil.rmtree(temporary, ignore_errors=True)
-        error = error if isinstance(error, OSError) else OSError(str(error))
-        raise _no_room(error, run_dir) from error
+    with checkpoint_errors(run_dir), _torch_errors():
+        try:
+            _save_into(temporary, model, processor)
+            torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+            (temporary / "state.json").write_text(json.dumps({**state, "identity": made_by["identity"]}))
+            for name in ("optimizer.pt", "state.json"):
+                _fsync(temporary / name)
+            _fsync(temporary)
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(temporary, final)
+            _fsync(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     for old in sorted(folder.glob("step-*"))[:-save_total_limit]:
         shutil.rmtree(old)
     return Checkpoint(final, state["step"])
 
 
 def load_checkpoint(
-    checkpoint: Checkpoint,
-    model: MsGFMForPreTraining,
-    optimizer: torch.optim.Optimizer,
-    made_by: dict,
-    device: torch.device,
+    checkpoint: Checkpoint, model: MsGFMForPreTraining, optimizer: torch.optim.Optimizer, made_by: dict
 ) -> dict:
     """Put a checkpoint's weights and optimiser state into the given ones and return its `state`.
 
@@ -154,7 +167,7 @@ def load_checkpoint(
     try:
         state = json.loads((checkpoint.path / "state.json").read_text())
         weights = load_file(checkpoint.path / "model.safetensors")
-        optimizer_state = torch.load(checkpoint.path / "optimizer.pt", map_location=device, weights_only=True)
+        optimizer_state = torch.load(checkpoint.path / "optimizer.pt", map_location="cpu", weights_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, EOFError) as error:
         raise CheckpointError(
             f"`resume` must find a whole checkpoint, got {str(checkpoint.path)!r}: {error}. Remove this folder to go "

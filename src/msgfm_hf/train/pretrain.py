@@ -7,6 +7,7 @@ goes on exactly as if it had never stopped.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -34,6 +35,7 @@ from msgfm_hf.model.sensors import SENSORS
 from msgfm_hf.tasks.reconstruction import evaluate_reconstruction, masked_crops, training_statistics
 from msgfm_hf.train.checkpoint import (
     CheckpointError,
+    checkpoint_errors,
     load_checkpoint,
     newest_checkpoint,
     save_checkpoint,
@@ -55,14 +57,19 @@ def computes_in_bf16(device: torch.device) -> bool:
 
 
 def make_missing_data(recipe: Recipe):
-    """Make the shards a recipe asks for where they are missing."""
-    if recipe.make_data == "none" or Path(recipe.data[0]).exists():
+    """Make the shards a recipe asks for, unless its folder has them; what is there is left as it is."""
+    if recipe.make_data == "none":
         return
+    out = Path(recipe.data[0])
+    with contextlib.suppress(ValueError):
+        found = {Path(folder).name for folder in find_sources(out)}
+        if set(recipe.batch_sizes) <= found:
+            return
     if recipe.make_data == "synthetic":
         from msgfm_hf.data.synthetic import make_synthetic_shards
 
-        print(f"Making synthetic scenes in {recipe.data[0]} (they are for learning the ropes, never a result).")
-        make_synthetic_shards(Path(recipe.data[0]), seed=recipe.seed)
+        print(f"Making synthetic scenes in {out} (they are for learning the ropes, never a result).")
+        make_synthetic_shards(out, seed=recipe.seed)
     else:
         from msgfm_hf.data.sample import make_sample_shards
 
@@ -71,15 +78,27 @@ def make_missing_data(recipe: Recipe):
                 f"`data` must exist or be made from MSGFM_SAMPLE_DATA, which is unset, got {recipe.data}. "
                 "Set it to the folder of real samples, or give shards with `--data`."
             )
-        print(f"Making shards of the real samples in {recipe.data[0]}.")
-        make_sample_shards(Path(os.environ["MSGFM_SAMPLE_DATA"]), Path(recipe.data[0]))
+        print(f"Making shards of the real samples in {out}.")
+        make_sample_shards(Path(os.environ["MSGFM_SAMPLE_DATA"]), out)
 
 
 class Mixture:
-    """The sources of a run, by name: what trains, in which sub-batches, and what validates."""
+    """The sources of a run: what trains, in which sub-batches and with which weights, and what validates.
+
+    Raises:
+        ValueError: for folders without a training split, two sources of one name, or sub-batches of a source that is
+            not there.
+    """
 
     def __init__(self, recipe: Recipe):
-        folders = {Path(folder).name: folder for data in recipe.data for folder in find_sources(data)}
+        folders: dict[str, str] = {}
+        for folder in (folder for data in recipe.data for folder in find_sources(data)):
+            name = Path(folder).name
+            if name in folders:
+                raise ValueError(
+                    f"`data` must hold each source once, got {name!r} as {folders[name]} and {folder}. Leave one out."
+                )
+            folders[name] = folder
         unknown = sorted(set(recipe.batch_sizes) - set(folders))
         if unknown:
             raise ValueError(
@@ -88,11 +107,11 @@ class Mixture:
             )
         # Folders with another split alone are there for tests.
         chosen = recipe.batch_sizes or [name for name, folder in folders.items() if "train" in shard_splits(folder)]
-        self.sources = [ShardSource(folders[name], "train") for name in chosen]
-        if not self.sources:
+        if not chosen:
             raise ValueError(
                 f"`data` must hold a training split, got {', '.join(folders)} without one. Look with `msgfm inspect`."
             )
+        self.sources = [ShardSource(folders[name], "train") for name in chosen]
         self.batch_sizes = [recipe.batch_sizes.get(name, _DEFAULT_BATCH_SIZE) for name in chosen]
         self.weights = source_weights(self.batch_sizes)
         self.validation = [ShardSource(s.path, "val") for s in self.sources if "val" in shard_splits(s.path)]
@@ -107,12 +126,16 @@ class Mixture:
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM ask the run to save and stop; a second one stops at once."""
+    """Ctrl-C and SIGTERM ask the run to save and stop; a second one stops at once. A context manager."""
 
-    def __init__(self):
+    def __enter__(self) -> "Interrupt":
         self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask)
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _ask(self, number, frame):
         if self.asked:
@@ -134,172 +157,282 @@ def pretrain(recipe: Recipe, resume: bool = False) -> dict:
     Raises:
         ValueError: for data, options or a folder that do not fit; the folder is left as it was.
         CheckpointError: if a checkpoint cannot be written or read, or belongs to another run.
-        RuntimeError: if the loss is not finite, or too many damaged rows are met.
+        RuntimeError: if the loss or its gradient is not finite, or too many damaged rows are met.
     """
-    accelerator = Accelerator(mixed_precision=_precision(recipe))
-    run_dir = recipe.run_dir
-    checkpoint = newest_checkpoint(run_dir)
-    if checkpoint is not None and not resume:
-        raise ValueError(
-            f"`output_dir` must be new, got {str(run_dir)!r} with a run at step {checkpoint.step}. "
-            "Add `--resume` to go on with it, or choose another `--output_dir`."
-        )
-    if accelerator.is_main_process:
-        make_missing_data(recipe)
-    accelerator.wait_for_everyone()
+    return _Run(recipe, resume).run()
 
-    mixture = Mixture(recipe)
-    world, rank = accelerator.num_processes, accelerator.process_index
-    epoch = steps_per_epoch([len(source) for source in mixture.sources], mixture.batch_sizes, world)
-    max_steps = recipe.max_steps if recipe.max_steps > 0 else max(1, round(recipe.num_train_epochs * epoch))
 
-    set_seed(recipe.seed)
-    first = "rgb" if "rgb" in mixture.sensors else mixture.sensors[0]
-    config = recipe.model_config(
-        {sensor: SENSORS[sensor].to_dict() for sensor in mixture.sensors}, {first: SENSORS[first].band_names}
-    )
-    processor = MsGFMImageProcessor.from_config(config)
-    model = MsGFMForPreTraining(config)
-    optimizer = build_optimizer(model, recipe, [source.sensors for source in mixture.sources], mixture.weights)
-    made_by = _made_by(recipe, mixture, world, max_steps)
+class _Run:
+    """One run: what it was set up with, and how far it has come (`step`, `best`, `bad`)."""
 
-    start_step, best, bad = 0, None, []
-    if checkpoint is not None:
-        state = load_checkpoint(checkpoint, model, optimizer, made_by, accelerator.device)
-        start_step, best, bad = state["step"], state["best"], state["bad"]
-    model, optimizer = accelerator.prepare(model, optimizer)
-    bare = accelerator.unwrap_model(model)
-
-    if accelerator.is_main_process:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_text(run_dir / "run.json", json.dumps(made_by, indent=2))
-        _cut_metrics(run_dir / "metrics.jsonl", start_step)
-        counts = count_parameters(bare, inputs=[first], targets=[first])
-        parts = [f"{s.name} {size}" for s, size in zip(mixture.sources, mixture.batch_sizes, strict=True)]
-        print(
-            f"{recipe.name}: {', '.join(parts)} per step, {epoch} steps per epoch, {max_steps} steps in all; "
-            f"{counts.total:,} parameters, {counts.active:,} of them for {first} -> {first}; "
-            f"{accelerator.device.type}, {'float32' if accelerator.mixed_precision == 'no' else 'bf16'}."
-        )
-
-    batches = PreTrainingBatches(
-        mixture.sources,
-        processor,
-        config,
-        recipe.seed,
-        recipe.mask_ratio,
-        recipe.cross_sensor_ratio,
-        recipe.cross_loss_region,
-        mixture.weights,
-    )
-    orders = [SourceOrder(source.row_groups, source.name, recipe.seed) for source in mixture.sources]
-    dataset = MixtureDataset(mixture.sources, orders, config.image_size, recipe.seed, recipe.max_bad)
-    loader = DataLoader(
-        dataset,
-        batch_sampler=MixtureSampler(mixture.batch_sizes, max_steps, start_step, rank, world),
-        num_workers=recipe.dataloader_num_workers,
-        collate_fn=collate,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    statistics = {
-        source.name: training_statistics(source, processor, config.image_size, recipe.seed, recipe.eval_max_crops)
-        for source in mixture.sources
-    }
-
-    def evaluate(step: int, crops: int | None) -> list[dict]:
-        return evaluate_reconstruction(
-            bare,
-            processor,
-            mixture.validation,
-            statistics,
-            recipe.mask_ratio,
-            recipe.seed,
-            crops,
-            with_baselines=False,
-            autocast=accelerator.autocast,
-        )
-
-    interrupt = Interrupt()
-    progress = tqdm(
-        total=max_steps, initial=start_step, disable=not accelerator.is_main_process, desc=recipe.name, unit="step"
-    )
-    step, clock, images = start_step, time.perf_counter(), 0
-    model.train()
-    for step, batch in enumerate(loader, start_step + 1):
-        bad += batch["bad"]
-        _stop_if_too_bad(bad, recipe.max_bad)
-        learning_rate = recipe.learning_rate * learning_rate_factor(recipe, step - 1, max_steps)
-        set_learning_rate(optimizer, learning_rate)
-        torch.manual_seed((recipe.seed * 1_000_003 + step) * world + rank)
-        inputs = batches(batch, step - 1, accelerator.device)
-        logging_now = step % recipe.logging_steps == 0 or step == max_steps
-        with accelerator.autocast():
-            outputs = model(**inputs, output_router_logits=logging_now)
-        if not torch.isfinite(outputs.loss):
-            keys = [key for part in batch["sources"] for key in part["keys"]]
-            raise RuntimeError(
-                f"`loss` must be finite, got {outputs.loss.item()} at step {step}. Look at the rows of this step "
-                f"({', '.join(keys[:8])}, ...) or lower `learning_rate`; the last checkpoint is whole."
+    def __init__(self, recipe: Recipe, resume: bool):
+        self.recipe, self.run_dir = recipe, recipe.run_dir
+        self.accelerator = Accelerator(mixed_precision=_precision(recipe))
+        checkpoint = newest_checkpoint(self.run_dir)
+        if checkpoint is not None and not resume:
+            raise ValueError(
+                f"`output_dir` must be new, got {str(self.run_dir)!r} with a run at step {checkpoint.step}. "
+                "Add `--resume` to go on with it, or choose another `--output_dir`."
             )
-        accelerator.backward(outputs.loss)
-        gradient_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        images += sum(len(part["keys"]) * len(part["images"]) for part in batch["sources"])
+        if self.accelerator.is_main_process:
+            make_missing_data(recipe)
+        self.accelerator.wait_for_everyone()
 
-        if logging_now and accelerator.is_main_process:
-            losses = _losses_by_direction(outputs, inputs, mixture)
-            now = time.perf_counter()
-            line = {
-                "step": step,
+        self.mixture = mixture = Mixture(recipe)
+        world = self.accelerator.num_processes
+        self.epoch = steps_per_epoch([len(source) for source in mixture.sources], mixture.batch_sizes, world)
+        self.max_steps = (
+            recipe.max_steps if recipe.max_steps > 0 else max(1, round(recipe.num_train_epochs * self.epoch))
+        )
+        set_seed(recipe.seed)
+        first = "rgb" if "rgb" in mixture.sensors else mixture.sensors[0]
+        self.config = recipe.model_config(
+            {sensor: SENSORS[sensor].to_dict() for sensor in mixture.sensors}, {first: SENSORS[first].band_names}
+        )
+        self.processor = MsGFMImageProcessor.from_config(self.config)
+        self.model = MsGFMForPreTraining(self.config)
+        self.optimizer = build_optimizer(
+            self.model, recipe, [source.sensors for source in mixture.sources], mixture.weights
+        )
+        self.made_by = _made_by(recipe, mixture, world, self.max_steps)
+
+        self.step, self.best, self.bad = 0, None, []
+        if checkpoint is not None:
+            state = load_checkpoint(checkpoint, self.model, self.optimizer, self.made_by)
+            self.step, self.best, self.bad = state["step"], state["best"], state["bad"]
+        self.prepared, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        self.statistics = {
+            source.name: training_statistics(
+                source, self.processor, self.config.image_size, recipe.seed, recipe.eval_max_crops
+            )
+            for source in mixture.sources
+        }
+        self.progress = tqdm(
+            total=self.max_steps,
+            initial=self.step,
+            disable=not self.accelerator.is_main_process,
+            desc=recipe.name,
+            unit="step",
+        )
+
+    def run(self) -> dict:
+        if self.accelerator.is_main_process:
+            self._open_folder()
+        with Interrupt() as interrupt:
+            self._train(interrupt)
+        self.progress.close()
+        rows = self._finish() if self.accelerator.is_main_process else []
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return {"run_dir": self.run_dir, "step": self.step, "finished": self.finished, "reconstruction": rows}
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.max_steps
+
+    def _open_folder(self):
+        with checkpoint_errors(self.run_dir):
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            write_text(self.run_dir / "run.json", json.dumps(self.made_by, indent=2))
+            _cut_metrics(self.run_dir / "metrics.jsonl", self.step)
+        sensor = next(iter(self.config.inputs))
+        counts = count_parameters(self.model, inputs=[sensor], targets=[sensor])
+        parts = [f"{s.name} {size}" for s, size in zip(self.mixture.sources, self.mixture.batch_sizes, strict=True)]
+        print(
+            f"{self.recipe.name}: {', '.join(parts)} per step, {self.epoch} steps per epoch, {self.max_steps} steps in "
+            f"all; {counts.total:,} parameters, {counts.active:,} of them for {sensor} -> {sensor}; "
+            f"{self.accelerator.device.type}, {'float32' if self.accelerator.mixed_precision == 'no' else 'bf16'}."
+        )
+
+    def _loader(self) -> DataLoader:
+        recipe, mixture = self.recipe, self.mixture
+        orders = [SourceOrder(source.row_groups, source.name, recipe.seed) for source in mixture.sources]
+        return DataLoader(
+            MixtureDataset(mixture.sources, orders, self.config.image_size, recipe.seed, recipe.max_bad),
+            batch_sampler=MixtureSampler(
+                mixture.batch_sizes,
+                self.max_steps,
+                self.step,
+                self.accelerator.process_index,
+                self.accelerator.num_processes,
+            ),
+            num_workers=recipe.dataloader_num_workers,
+            collate_fn=collate,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+
+    def _train(self, interrupt: Interrupt):
+        recipe = self.recipe
+        batches = PreTrainingBatches(
+            self.mixture.sources,
+            self.processor,
+            self.config,
+            recipe.seed,
+            recipe.mask_ratio,
+            recipe.cross_sensor_ratio,
+            recipe.cross_loss_region,
+            self.mixture.weights,
+        )
+        self.model.train()
+        self._restart_clock()
+        for batch in self._loader():
+            self._note_damage(batch["bad"])
+            inputs = batches(batch, self.step, self.accelerator.device)
+            self.step += 1
+            last = self.step == self.max_steps
+            logging_now = self.step % recipe.logging_steps == 0 or last
+            outputs, gradient_norm, learning_rate = self._optimise(batch, inputs, logging_now)
+            self.images += sum(len(part["keys"]) * len(part["images"]) for part in batch["sources"])
+            if logging_now and self.accelerator.is_main_process:
+                self._log(outputs, inputs, gradient_norm, learning_rate)
+            self.progress.update(1)
+            stop = interrupt.asked
+            if self.mixture.validation and (last or (self.step % recipe.eval_steps == 0 and not stop)):
+                self._validate()
+            if self.step % recipe.save_steps == 0 or last or stop:
+                self._save()
+            if stop:
+                break
+
+    def _optimise(self, batch: dict, inputs: dict, output_router_logits: bool):
+        """One step of the optimiser; chance is a function of the seed, the step and the rank."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        torch.manual_seed((self.recipe.seed * 1_000_003 + self.step) * world + rank)
+        learning_rate = self.recipe.learning_rate * learning_rate_factor(self.recipe, self.step - 1, self.max_steps)
+        set_learning_rate(self.optimizer, learning_rate)
+        with self.accelerator.autocast():
+            outputs = self.prepared(**inputs, output_router_logits=output_router_logits)
+        self.accelerator.backward(outputs.loss)
+        gradient_norm = self.accelerator.clip_grad_norm_(self.prepared.parameters(), self.recipe.max_grad_norm)
+        for name, value in (("loss", outputs.loss), ("grad_norm", gradient_norm)):
+            if not torch.isfinite(value):
+                keys = [key for part in batch["sources"] for key in part["keys"]]
+                raise RuntimeError(
+                    f"`{name}` must be finite, got {value.item()} at step {self.step}. Look at the rows of this step "
+                    f"({', '.join(keys[:8])}, ...) or lower `learning_rate`; the last checkpoint is whole."
+                )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return outputs, float(gradient_norm), learning_rate
+
+    def _note_damage(self, bad: list):
+        for where, reason in bad:
+            self.progress.write(f"Damaged row {where} left out: {reason}")
+        self.bad += bad
+        if len(self.bad) > self.recipe.max_bad:
+            where, reason = self.bad[-1]
+            raise RuntimeError(
+                f"`max_bad` allows {self.recipe.max_bad} damaged rows, got {len(self.bad)}; the last is {where}: "
+                f"{reason} Make these shards again, or raise `max_bad`."
+            )
+
+    def _restart_clock(self):
+        self.clock, self.images = time.perf_counter(), 0
+
+    def _append(self, line: dict):
+        with checkpoint_errors(self.run_dir):
+            _append(self.run_dir / "metrics.jsonl", line)
+
+    def _log(self, outputs, inputs: dict, gradient_norm: float, learning_rate: float):
+        losses = _losses_by_direction(outputs, inputs, self.mixture)
+        self._append(
+            {
+                "step": self.step,
                 "loss": outputs.loss.item(),
                 "losses": losses,
                 "aux_loss": None if outputs.aux_loss is None else outputs.aux_loss.item(),
                 "learning_rate": learning_rate,
-                "grad_norm": float(gradient_norm),
-                "routing": _routing(outputs, config),
-                "images_per_second": images / (now - clock),
-                "bad": len(bad),
+                "grad_norm": gradient_norm,
+                "routing": _routing(outputs, self.config),
+                "images_per_second": self.images / (time.perf_counter() - self.clock),
+                "bad": len(self.bad),
             }
-            clock, images = now, 0
-            _append(run_dir / "metrics.jsonl", line)
-            progress.set_postfix({name: f"{value:.3f}" for name, value in _by_sensor(losses).items()}, refresh=False)
-        progress.update(1)
+        )
+        self._restart_clock()
+        shown = {name: f"{value:.3f}" for name, value in _by_way(losses).items()}
+        self.progress.set_postfix(shown, refresh=False)
 
-        stop = interrupt.asked
-        if (step % recipe.eval_steps == 0 or step == max_steps) and mixture.validation and not stop:
-            rows = evaluate(step, recipe.eval_max_crops)
-            score = _score(rows)
-            if accelerator.is_main_process:
-                _append(run_dir / "metrics.jsonl", {"step": step, "validation": _summary(rows), "score": score})
-                if best is None or score < best["score"]:
-                    best = {"score": score, "step": step}
-                    save_model(run_dir, bare, processor)
-            clock, images = time.perf_counter(), 0
-        if step % recipe.save_steps == 0 or step == max_steps or stop:
-            if accelerator.is_main_process:
-                state = {"step": step, "best": best, "bad": bad}
-                save_checkpoint(run_dir, bare, processor, optimizer, state, made_by, recipe.save_total_limit)
-            accelerator.wait_for_everyone()
-            clock, images = time.perf_counter(), 0
-        if stop:
-            break
-    progress.close()
+    def _evaluate(self, model: MsGFMForPreTraining, max_crops: int | None) -> list[dict]:
+        return evaluate_reconstruction(
+            model,
+            self.processor,
+            self.mixture.validation,
+            self.statistics,
+            self.recipe.mask_ratio,
+            self.recipe.seed,
+            max_crops,
+            with_baselines=False,
+            autocast=self.accelerator.autocast,
+        )
 
-    finished = step >= max_steps
-    rows = []
-    if accelerator.is_main_process:
-        if best is None:
-            save_model(run_dir, bare, processor)
-        elif finished:
-            bare = MsGFMForPreTraining.from_pretrained(run_dir).to(accelerator.device)
-        rows = evaluate(step, None) if mixture.validation and finished else []
-        if mixture.validation:
-            write_text(run_dir / "validation.json", json.dumps(rows, indent=2))
-        _finish(run_dir, recipe, bare, processor, mixture, statistics, rows, step, finished, best, accelerator)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return {"run_dir": run_dir, "step": step, "finished": finished, "reconstruction": rows}
+    def _validate(self):
+        """Evaluate, and keep the model if it is the best so far."""
+        rows = self._evaluate(self.model, self.recipe.eval_max_crops)
+        score = sum(_ratio(row) for row in rows) / len(rows)
+        if self.accelerator.is_main_process:
+            summary = {_way(row): {"l1": row["l1"], "ratio_to_band_mean": _ratio(row)} for row in rows}
+            self._append({"step": self.step, "validation": summary, "score": score})
+            if self.best is None or score < self.best["score"]:
+                self.best = {"score": score, "step": self.step}
+                save_model(self.run_dir, self.model, self.processor)
+        self._restart_clock()
+
+    def _save(self):
+        if self.accelerator.is_main_process:
+            state = {"step": self.step, "best": self.best, "bad": self.bad}
+            save_checkpoint(
+                self.run_dir,
+                self.model,
+                self.processor,
+                self.optimizer,
+                state,
+                self.made_by,
+                self.recipe.save_total_limit,
+            )
+        self.accelerator.wait_for_everyone()
+        self._restart_clock()
+
+    def _finish(self) -> list[dict]:
+        """Leave a model in the folder, evaluate it if the run is over, draw the pictures, and say what was made."""
+        if self.best is None:
+            save_model(self.run_dir, self.model, self.processor)
+        rows, model = [], self.model
+        pictures = [draw_losses(self.run_dir / "metrics.jsonl", self.run_dir / "losses.png")]
+        if self.mixture.validation:
+            if self.finished:
+                model = MsGFMForPreTraining.from_pretrained(self.run_dir).to(self.accelerator.device)
+                rows = self._evaluate(model, None)
+                write_text(self.run_dir / "validation.json", json.dumps(rows, indent=2))
+            pictures += self._draw(model)
+        if not self.finished:
+            print(f"Stopped at step {self.step}. `--resume` goes on from there.")
+        if rows:
+            print(
+                "\nMasked L1 on the validation split, over that of the training places' band mean "
+                f"(step {self.best['step']}):"
+            )
+            for row in rows:
+                way = f"{row['source']:<20} {row['input']:>4} -> {row['target']:<4}"
+                print(f"  {way} {_ratio(row):.2f}   (n = {row['crops']})")
+        print("\nPictures: " + "  ".join(str(path) for path in pictures))
+        print("Load the model with:\n  import msgfm_hf; from transformers import AutoModel")
+        print(f'  model = AutoModel.from_pretrained("{self.run_dir}")')
+        return rows
+
+    def _draw(self, model: MsGFMForPreTraining) -> list[Path]:
+        recipe, sources = self.recipe, self.mixture.validation
+        crops = {
+            source.name: list(
+                masked_crops(source, self.processor, model, recipe.mask_ratio, recipe.seed, recipe.eval_max_crops, 16)
+            )
+            for source in sources
+        }
+        with self.accelerator.autocast():
+            reconstruction = draw_reconstruction(
+                model, self.processor, sources, crops, recipe.cross_loss_region, self.run_dir / "reconstruction.png"
+            )
+            load = draw_expert_load(model, sources, crops, self.run_dir / "expert_load.png")
+        return [reconstruction] if load is None else [reconstruction, load]
 
 
 def _precision(recipe: Recipe) -> str:
@@ -374,15 +507,6 @@ def _append(path: Path, line: dict):
         file.write(json.dumps(line) + "\n")
 
 
-def _stop_if_too_bad(bad: list, max_bad: int):
-    if len(bad) > max_bad:
-        where, reason = bad[-1]
-        raise RuntimeError(
-            f"`max_bad` allows {max_bad} damaged rows, got {len(bad)}; the last is {where}: {reason} "
-            "Make these shards again, or raise `max_bad`."
-        )
-
-
 def _losses_by_direction(outputs, inputs: dict, mixture: Mixture) -> dict[str, float]:
     """{"source input->target": masked L1} of one step."""
     losses = {}
@@ -392,7 +516,7 @@ def _losses_by_direction(outputs, inputs: dict, mixture: Mixture) -> dict[str, f
     return losses
 
 
-def _by_sensor(losses: dict[str, float]) -> dict[str, float]:
+def _by_way(losses: dict[str, float]) -> dict[str, float]:
     """Mean over sources, for the progress bar."""
     found: dict[str, list[float]] = {}
     for name, value in losses.items():
@@ -401,13 +525,10 @@ def _by_sensor(losses: dict[str, float]) -> dict[str, float]:
 
 
 def _routing(outputs, config) -> dict:
-    """Routing statistics per sensor as plain numbers, rounded for the log."""
+    """Routing statistics per sensor as plain numbers, four digits each."""
     found = routing_statistics(outputs, config.num_experts, config.router_noise)
     return {
-        sensor: {
-            name: [[round(v, 4) for v in row] if isinstance(row, list) else round(row, 4) for row in value.tolist()]
-            for name, value in values.items()
-        }
+        sensor: {name: (value * 1e4).round().div(1e4).tolist() for name, value in values.items()}
         for sensor, values in found.items()
     }
 
@@ -416,53 +537,8 @@ def _ratio(row: dict) -> float:
     return row["l1"] / row["band_mean"]
 
 
-def _score(rows: list[dict]) -> float:
-    """One number to keep the best model by: the mean over sources and directions of the ratio to the band mean."""
-    return sum(_ratio(row) for row in rows) / len(rows)
-
-
-def _summary(rows: list[dict]) -> dict[str, dict]:
-    return {
-        f"{row['source']} {row['input']}->{row['target']}": {"l1": row["l1"], "ratio_to_band_mean": _ratio(row)}
-        for row in rows
-    }
-
-
-def _finish(run_dir, recipe, model, processor, mixture, statistics, rows, step, finished, best, accelerator):
-    """Draw the pictures and say what was made."""
-    pictures = [draw_losses(run_dir / "metrics.jsonl", run_dir / "losses.png")]
-    if mixture.validation:
-        crops = {
-            source.name: list(
-                masked_crops(source, processor, model, recipe.mask_ratio, recipe.seed, recipe.eval_max_crops, 16)
-            )
-            for source in mixture.validation
-        }
-        with accelerator.autocast():
-            pictures.append(
-                draw_reconstruction(
-                    model,
-                    processor,
-                    mixture.validation,
-                    crops,
-                    recipe.cross_loss_region,
-                    run_dir / "reconstruction.png",
-                )
-            )
-            load = draw_expert_load(model, mixture.validation, crops, run_dir / "expert_load.png")
-        pictures += [load] if load else []
-    if not finished:
-        print(f"Stopped at step {step}. `--resume` goes on from there.")
-    if rows:
-        print(
-            f"\nMasked L1 on the validation split, over that of the training places' band mean (step {best['step']}):"
-        )
-        for row in rows:
-            way = f"{row['source']:<20} {row['input']:>4} -> {row['target']:<4}"
-            print(f"  {way} {_ratio(row):.2f}   (n = {row['crops']})")
-    print("\nPictures: " + "  ".join(str(path) for path in pictures))
-    print("Load the model with:\n  import msgfm_hf; from transformers import AutoModel")
-    print(f'  model = AutoModel.from_pretrained("{run_dir}")')
+def _way(row: dict) -> str:
+    return f"{row['source']} {row['input']}->{row['target']}"
 
 
 def main(argv: list[str] | None = None):

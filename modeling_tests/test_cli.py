@@ -1,0 +1,258 @@
+"""`msgfm`: every command does its work from the shell, teaches with `--help`, and fails in one line."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from msgfm_hf.cli import main
+from msgfm_hf.data.shards import ShardImage, ShardRow, ShardWriter
+from msgfm_hf.model.configuration_msgfm import MsGFMConfig
+from msgfm_hf.model.image_processing_msgfm import MsGFMImageProcessor
+from msgfm_hf.model.modeling_msgfm import MsGFMForPreTraining
+
+SIZE = 24
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("shards"), np.random.default_rng(0)
+    for source in ("harbour", "meadow"):
+        with ShardWriter(folder, source, ["rgb"]) as writer:
+            for split, rows in (("train", 6), ("val", 3)):
+                for number in range(rows):
+                    pixels = rng.integers(0, 256, (3, 30, 30), dtype=np.uint8)
+                    image = ShardImage(pixels, ["red", "green", "blue"], "dn", 1 / 255, gsd=0.6)
+                    writer.write(ShardRow(f"{split}{number}", source, split, f"{split}{number}", {"rgb": image}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    config = MsGFMConfig(
+        embed_dim=12,
+        depths=[1, 1, 2],
+        num_heads=[1, 1, 2],
+        window_size=3,
+        image_size=SIZE,
+        mask_patch_size=8,
+        num_experts=2,
+        sensors={"rgb": MsGFMConfig().sensors["rgb"]},
+    )
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        MsGFMForPreTraining(config).save_pretrained(folder / f"seed{seed}")
+        MsGFMImageProcessor.from_config(config).save_pretrained(folder / f"seed{seed}")
+    return [str(folder / f"seed{seed}") for seed in (0, 1)]
+
+
+@pytest.fixture
+def msgfm(capsys, monkeypatch):
+    """Run a command as the shell does: the exit code, and what it wrote to both streams."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["msgfm", *map(str, words)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stopped:
+            code = stopped.code or 0
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+def fails(result, *parts):
+    """Exit status 1 and one sentence."""
+    code, _, said = result
+    assert code == 1
+    message = [line for line in said.splitlines() if line.startswith("msgfm ")]
+    assert len(message) == 1
+    assert "Traceback" not in said
+    for part in parts:
+        assert part in message[0]
+
+
+# Help
+
+
+def test_help_names_every_command_with_examples(msgfm):
+    code, said, _ = msgfm("--help")
+    assert code == 0
+    for command in ("shards", "inspect", "evaluate", "pretrain"):
+        assert f"\n    {command} " in said
+    assert "msgfm shards sample --out shards" in said
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ("shards", ["sample", "synthetic"]),
+        ("shards sample", ["--root", "--out", "--overwrite", "MSGFM_SAMPLE_DATA", "splits.csv"]),
+        ("shards synthetic", ["--out", "--seed", "never a result"]),
+        ("inspect", ["--verify", "--contact-sheet", "--no-contact-sheet"]),
+        ("evaluate", ["--model", "--data", "--split", "--mask_seeds", "--max_crops", "--out"]),
+        ("pretrain", ["--recipe", "--resume", "--data", "--max_steps", "examples:"]),
+    ],
+)
+def test_every_command_explains_itself(msgfm, command, words):
+    code, said, _ = msgfm(*command.split(), "--help")
+    assert code == 0
+    for word in words:
+        assert word in said
+
+
+def test_the_examples_of_the_help_are_commands_that_exist(msgfm):
+    _, said, _ = msgfm("--help")
+    examples = [line.split() for line in said.splitlines() if line.startswith("  msgfm ")]
+    assert len(examples) == 4
+    run = next(words for words in examples if words[1] == "evaluate")
+    trained = next(words for words in examples if words[1] == "pretrain")
+    # What the one writes, the other reads.
+    assert "--name" in trained or run[run.index("--model") + 1] == "runs/quickstart"
+
+
+@pytest.mark.parametrize("door", ["pretrain.py", "src/msgfm_hf/cli.py", "src/msgfm_hf/train/pretrain.py"])
+def test_every_door_answers(door, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [door, "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(Path(__file__).parents[1] / door), run_name="__main__")
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    assert "usage:" in said and "examples:" in said
+
+
+@pytest.mark.parametrize("words", [[], ["shard"], ["shards"], ["inspect"], ["evaluate", "--model", "a"]])
+def test_an_incomplete_command_is_told_its_usage(msgfm, words):
+    code, _, said = msgfm(*words)
+    assert code == 2
+    assert said.startswith("usage: msgfm")
+
+
+# Shards
+
+
+def test_synthetic_scenes_are_made(msgfm, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr("msgfm_hf.data.synthetic.make_synthetic_shards", lambda out, seed: made.append((out, seed)))
+    code, said, _ = msgfm("shards", "synthetic", "--out", tmp_path / "s", "--seed", 5)
+    assert code == 0 and made == [(tmp_path / "s", 5)]
+    assert f"msgfm inspect {tmp_path / 's'}" in said
+
+
+def test_the_samples_become_shards(msgfm, tmp_path, sample_data):
+    code, said, _ = msgfm("shards", "sample", "--out", tmp_path / "s", "--root", sample_data)
+    assert code == 0
+    assert "terramesh    train 3, val 1" in said
+    assert "left out: S1_202012.tif" in said
+    code, said, _ = msgfm("shards", "sample", "--out", tmp_path / "s", "--root", sample_data)
+    assert code == 0 and said.count("(kept as it was)") == 7
+    code, said, _ = msgfm("inspect", tmp_path / "s" / "terramesh", "--contact-sheet", tmp_path / "sheet.png")
+    assert code == 0
+    assert "VV" in said and "B8A" in said
+    with Image.open(tmp_path / "sheet.png") as picture:
+        assert picture.format == "PNG" and min(picture.size) > 300
+
+
+def test_samples_that_are_not_there_are_one_line(msgfm, tmp_path):
+    fails(
+        msgfm("shards", "sample", "--out", tmp_path / "s", "--root", ""), "`--root` must be the folder of real samples"
+    )
+    fails(msgfm("shards", "sample", "--out", tmp_path / "s", "--root", tmp_path / "none"), "`root` must", "none")
+
+
+def test_synthetic_scenes_are_not_made_over_others(msgfm, shards, tmp_path):
+    (tmp_path / "synthetic_rgb").symlink_to(shards / "harbour")
+    fails(msgfm("shards", "synthetic", "--out", tmp_path), "`out_dir` must not hold the source already")
+
+
+# Inspect
+
+
+def test_inspect_reports_and_draws(msgfm, shards, tmp_path):
+    code, said, _ = msgfm("inspect", shards, "--contact-sheet", tmp_path / "sheet.png", "--verify")
+    assert code == 0
+    assert "harbour" in said and "meadow" in said
+    assert f"Contact sheet: {tmp_path / 'sheet.png'}" in said
+    with Image.open(tmp_path / "sheet.png") as picture:
+        picture.load()
+        assert picture.format == "PNG" and len(np.unique(np.asarray(picture))) > 50
+
+
+def test_inspect_draws_into_the_folder_or_not_at_all(msgfm, tmp_path):
+    with ShardWriter(tmp_path, "meadow", ["rgb"]) as writer:
+        image = ShardImage(np.full((3, 8, 8), 80, np.uint8), ["red", "green", "blue"], "dn", 1 / 255)
+        writer.write(ShardRow("a", "meadow", "train", "here", {"rgb": image}))
+    code, said, _ = msgfm("inspect", tmp_path / "meadow", "--no-contact-sheet")
+    assert code == 0 and "Contact sheet" not in said
+    assert not (tmp_path / "meadow" / "contact_sheet.png").exists()
+    code, said, _ = msgfm("inspect", tmp_path / "meadow")
+    assert code == 0 and (tmp_path / "meadow" / "contact_sheet.png").is_file()
+
+
+def test_inspect_of_nothing_is_one_line(msgfm, tmp_path):
+    fails(msgfm("inspect", tmp_path / "nowhere"), "msgfm inspect: `data` must be a folder of shards", "nowhere")
+
+
+# Evaluate
+
+
+def test_evaluate_prints_a_table_and_writes_what_made_it(msgfm, shards, models, tmp_path):
+    words = ["evaluate", "--model", models[0], "--model", models[1], "--data", shards / "harbour"]
+    words += ["--mask_seeds", "2", "--out", tmp_path / "new" / "report.json"]
+    code, said, _ = msgfm(*words)
+    assert code == 0
+    assert "| harbour | rgb → rgb | 3 | 3 | **" in said
+    report = json.loads((tmp_path / "new" / "report.json").read_text())
+    assert report["command"].split()[:4] == ["msgfm", "evaluate", "--model", models[0]]
+    assert report["mask_seeds"] == 2 and report["commit"]
+    (row,) = report["rows"]
+    assert (row["crops"], row["places"]) == (3, 3)
+    assert len(row["l1_by_model"]) == 2 and row["spread"] == sorted(row["l1_by_model"])
+    assert row["l1"] == pytest.approx(sum(row["spread"]) / 2)
+    assert set(row["by_place"]) == {"val0", "val1", "val2"}
+    assert f"**{row['l1']:.3f}** ({row['spread'][0]:.3f}-{row['spread'][1]:.3f})" in said
+
+
+def test_the_command_in_a_report_is_the_one_that_was_given(shards, models, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/pytest", "-q"])
+    words = ["evaluate", "--model", models[0], "--data", str(shards / "harbour"), "--mask_seeds", "1"]
+    main([*words, "--out", str(tmp_path / "report.json")])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["command"].startswith(f"msgfm evaluate --model {models[0]}")
+
+
+def test_evaluate_without_data_is_one_line(msgfm, shards, models):
+    result = msgfm("evaluate", "--model", models[0], "--data", shards, "--split", "test")
+    fails(result, "`data` must hold a source with the splits 'train' and 'test'")
+
+
+def test_evaluate_without_a_model_is_one_line(msgfm, shards, tmp_path):
+    fails(msgfm("evaluate", "--model", tmp_path / "none", "--data", shards), str(tmp_path / "none"))
+
+
+def test_a_report_that_cannot_be_written_is_one_line(msgfm, shards, models, tmp_path):
+    (tmp_path / "file").write_text("")
+    words = ["evaluate", "--model", models[0], "--data", shards / "harbour", "--mask_seeds", "1"]
+    fails(msgfm(*words, "--out", tmp_path / "file" / "report.json"), "file")
+
+
+# Pretrain
+
+
+def test_pretrain_is_the_same_command_as_the_door(msgfm, shards, tmp_path):
+    words = ["pretrain", "--data", shards / "meadow", "--output_dir", tmp_path / "run", "--max_steps", "1"]
+    tiny = {"embed_dim": 12, "depths": [1, 1, 2], "num_heads": [1, 1, 2], "window_size": 3, "num_experts": 2}
+    words += ["--model", json.dumps(tiny | {"image_size": SIZE, "mask_patch_size": 8}), "--batch_sizes", "{meadow: 2}"]
+    code, said, _ = msgfm(*words, "--mixed_precision", "no")
+    assert code == 0
+    assert "Load the model with" in said and (tmp_path / "run" / "model.safetensors").is_file()
+    code, _, said = msgfm(*words, "--mixed_precision", "no")
+    assert code == 1 and "`output_dir` must be new" in said and "Traceback" not in said
