@@ -24,7 +24,6 @@ from msgfm_hf.train.checkpoint import (
     write_text,
 )
 
-CPU = torch.device("cpu")
 MADE_BY = {"identity": {"seed": 0, "learning_rate": 1e-4, "sources": {"rgb": {"rows": 12, "sensors": ["rgb"]}}}}
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -60,7 +59,7 @@ class Run:
         return save_checkpoint(folder, self.model, self.processor, self.optimizer, state, MADE_BY, limit)
 
     def load(self, checkpoint, made_by=MADE_BY):
-        return load_checkpoint(checkpoint, self.model, self.optimizer, made_by, CPU)
+        return load_checkpoint(checkpoint, self.model, self.optimizer, made_by)
 
     def weights(self):
         return {name: value.clone() for name, value in self.model.state_dict().items()}

@@ -232,6 +232,7 @@ def crops():
         {"rgb": torch.where(hole.unsqueeze(1), rgb, 0), "dsm": dsm},
         {"rgb": hole, "dsm": valid},
         {"rgb": torch.tensor([[True, False]]), "dsm": torch.tensor([[False, True]])},
+        patch_size=4,
     )
 
 

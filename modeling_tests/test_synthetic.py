@@ -262,7 +262,7 @@ def crossing_error(places, seen, sensor):
     )
     some = np.random.default_rng(0)
     known, asked = (
-        some.choice(len(half[0]), count, replace=False) for half, count in ((learning, 20000), (judging, 1000))
+        some.choice(len(half[0]), count, replace=False) for half, count in ((learning, 8000), (judging, 1000))
     )
     _, alike = cKDTree(learning[0][known]).query(judging[0][asked], k=15)
     guess = np.median(learning[1][known][alike], 1)

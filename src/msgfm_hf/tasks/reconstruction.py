@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from msgfm_hf.data.batch import collate, normalise, rotations, sample_masks
 from msgfm_hf.data.mixture import EvaluationCrops
@@ -42,16 +42,26 @@ class TrainingStatistics:
 def training_statistics(
     source: ShardSource, processor: MsGFMImageProcessor, image_size: int, seed: int = 0, max_crops: int = 512
 ) -> TrainingStatistics:
-    """Means, medians and pixelwise regressions between the sensors of a source, from crops of its training places."""
+    """Means, medians and pixelwise regressions between the sensors of a source, from crops of its training places.
+
+    Raises:
+        ValueError: if no pixel is valid in all sensors of the source.
+    """
     pixels: dict[str, list[torch.Tensor]] = defaultdict(list)
-    share = _FIT_PIXELS / (min(len(EvaluationCrops(source, image_size)), max_crops) * image_size**2)
-    for part, pixel_values, valid_mask in _crops(source, processor, image_size, max_crops, batch_size=8):
+    crops = _spread(EvaluationCrops(source, image_size), max_crops)
+    share = _FIT_PIXELS / (len(crops) * image_size**2)
+    for part, pixel_values, valid_mask in _normalised(crops, source, processor, batch_size=8):
         everywhere = torch.stack(list(valid_mask.values())).all(0)
         generator = np.random.default_rng([seed, part["positions"][0]])
         chosen = torch.from_numpy(generator.random(tuple(everywhere.shape)) < share) & everywhere
         for sensor, values in pixel_values.items():
             pixels[sensor].append(values.permute(0, 2, 3, 1)[chosen])
     joined = {sensor: torch.cat(values).double() for sensor, values in pixels.items()}
+    if not all(map(len, joined.values())):
+        raise ValueError(
+            f"`source` must have pixels that are valid in all its sensors ({', '.join(source.sensors)}), got none in "
+            f"{source.path}. Look with `msgfm inspect`."
+        )
     statistics = TrainingStatistics()
     for sensor, values in joined.items():
         statistics.mean[sensor] = values.mean(0).float()
@@ -95,13 +105,22 @@ def bilinear_inpaint(pixels: torch.Tensor, visible: torch.Tensor) -> torch.Tenso
 
 @dataclass
 class MaskedCrops:
-    """One batch of an evaluation: `pixel_values`, `valid_mask` and `masks` by sensor, and whose crops they are."""
+    """One batch of an evaluation: whose crops, their pixels and their masks by sensor.
+
+    Args:
+        group_ids, keys: place and row of every crop.
+        pixel_values: {sensor: (B, C, H, W)}, normalised.
+        valid_mask: {sensor: bool (B, H, W)}.
+        masks: {sensor: bool (B, L)}, True = masked.
+        patch_size: side of the patches that `masks` counts, in pixels.
+    """
 
     group_ids: list[str]
     keys: list[str]
     pixel_values: dict[str, torch.Tensor]
     valid_mask: dict[str, torch.Tensor]
     masks: dict[str, torch.Tensor]
+    patch_size: int
 
 
 def masked_crops(
@@ -115,21 +134,25 @@ def masked_crops(
 ) -> Iterator[MaskedCrops]:
     """The crops of a source with masks that depend on the seed and the crop alone."""
     config, device = model.config, model.device
-    for part, pixel_values, valid_mask in _crops(source, processor, config.image_size, max_crops, batch_size, device):
+    crops = _spread(EvaluationCrops(source, config.image_size), max_crops)
+    for part, pixel_values, valid_mask in _normalised(crops, source, processor, batch_size, device):
         masks = {
             sensor: sample_masks(
                 part["positions"], source.name, sensor, config, mask_ratio, seed, config.image_size
             ).to(device)
             for sensor in pixel_values
         }
-        yield MaskedCrops(part["group_ids"], part["keys"], pixel_values, valid_mask, masks)
+        yield MaskedCrops(part["group_ids"], part["keys"], pixel_values, valid_mask, masks, config.patch_size)
 
 
-def _crops(source, processor, image_size, max_crops, batch_size, device=torch.device("cpu")):
-    crops = EvaluationCrops(source, image_size)
-    if max_crops is not None and len(crops) > max_crops:
-        # Spread over the whole source, not its first rows.
-        crops = Subset(crops, np.linspace(0, len(crops) - 1, max_crops).round().astype(int).tolist())
+def _spread(crops: EvaluationCrops, max_crops: int | None) -> Dataset:
+    """At most so many crops, from the whole source and not its first rows."""
+    if max_crops is None or len(crops) <= max_crops:
+        return crops
+    return Subset(crops, np.linspace(0, len(crops) - 1, max_crops).round().astype(int).tolist())
+
+
+def _normalised(crops: Dataset, source, processor, batch_size, device=torch.device("cpu")):
     # A generator of its own: a loader draws a seed when it starts, which must not shift the caller's.
     for batch in DataLoader(crops, batch_size=batch_size, collate_fn=collate, generator=torch.Generator()):
         part = batch["sources"][0]
@@ -199,8 +222,7 @@ def _visible(crops: MaskedCrops, sensor: str) -> torch.Tensor:
 def counted_pixels(crops: MaskedCrops, sensor: str, target: str | None) -> torch.Tensor:
     """Bool (B, H, W): masked in the input and, where a target is named, valid in it."""
     height, width = crops.pixel_values[sensor].shape[2:]
-    patch = round((height * width / crops.masks[sensor].shape[1]) ** 0.5)
-    masked = mask_to_pixels(crops.masks[sensor], height, width, patch)
+    masked = mask_to_pixels(crops.masks[sensor], height, width, crops.patch_size)
     return masked if target is None else masked & crops.valid_mask[target]
 
 

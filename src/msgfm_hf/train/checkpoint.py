@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,11 +106,13 @@ def _save_into(folder: Path, model, processor):
         _fsync(file)
 
 
+def _checkpoint_folders(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-" + 8 * "[0-9]"))
+
+
 def newest_checkpoint(run_dir: Path) -> Checkpoint | None:
     """The whole checkpoint of the highest step in a run's folder, if any."""
-    found = [
-        Checkpoint(path, int(path.name.removeprefix("step-"))) for path in (run_dir / "checkpoints").glob("step-*")
-    ]
+    found = [Checkpoint(path, int(path.name[5:])) for path in _checkpoint_folders(run_dir / "checkpoints")]
     return max(found, key=lambda checkpoint: checkpoint.step, default=None)
 
 
@@ -151,9 +153,20 @@ def save_checkpoint(
             _fsync(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    for old in sorted(folder.glob("step-*"))[:-save_total_limit]:
+    for old in _checkpoint_folders(folder)[:-save_total_limit]:
         shutil.rmtree(old)
     return Checkpoint(final, state["step"])
+
+
+def _read(path: Path, reader: Callable[[Path], dict]) -> dict:
+    try:
+        return reader(path)
+    except Exception as error:
+        # A damaged file makes its library raise all sorts of things, some with advice that does not fit.
+        raise CheckpointError(
+            f"`resume` must find a whole checkpoint, got {str(path.parent)!r} whose {path.name} cannot be read "
+            f"({type(error).__name__}). Remove this folder to go on from the one before."
+        ) from error
 
 
 def load_checkpoint(
@@ -164,16 +177,13 @@ def load_checkpoint(
     Raises:
         CheckpointError: if it cannot be read, or another run made it; the message names what differs.
     """
-    try:
-        state = json.loads((checkpoint.path / "state.json").read_text())
-        weights = load_file(checkpoint.path / "model.safetensors")
-        optimizer_state = torch.load(checkpoint.path / "optimizer.pt", map_location="cpu", weights_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, EOFError) as error:
-        raise CheckpointError(
-            f"`resume` must find a whole checkpoint, got {str(checkpoint.path)!r}: {error}. Remove this folder to go "
-            "on from the one before."
-        ) from error
-    theirs, ours = state.pop("identity"), json.loads(json.dumps(made_by["identity"]))
+    state = _read(checkpoint.path / "state.json", lambda path: json.loads(path.read_text()))
+    weights = _read(checkpoint.path / "model.safetensors", load_file)
+    optimizer_state = _read(
+        checkpoint.path / "optimizer.pt", lambda path: torch.load(path, map_location="cpu", weights_only=True)
+    )
+    theirs = state.pop("identity", {})
+    ours = json.loads(json.dumps(made_by["identity"]))
     different = [name for name in ours if theirs.get(name) != ours[name]]
     if different:
         told = "; ".join(f"{name} was {theirs.get(name)!r}, is {ours[name]!r}" for name in different)

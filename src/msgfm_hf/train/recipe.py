@@ -37,7 +37,7 @@ PRECISIONS = ("auto", "no", "bf16")
 
 
 def _option(default, text: str):
-    factory = {"default_factory": lambda: default} if isinstance(default, list | dict) else {"default": default}
+    factory = {"default_factory": default.copy} if isinstance(default, list | dict) else {"default": default}
     return field(**factory, metadata={"help": text})
 
 
@@ -175,7 +175,7 @@ def load_recipe(name_or_file: str, overrides: dict | None = None) -> Recipe:
         raise ValueError(f"`recipe` must be YAML, got {name_or_file!r}: {error}. Correct the file.") from None
     if not isinstance(entries, dict):
         raise ValueError(
-            f"`recipe` must be lines of `field: value`, got a {type(entries).__name__} in {name_or_file!r}. "
+            f"`recipe` must be lines of `field: value`, got {type(entries).__name__} in {name_or_file!r}. "
             "Look at the recipes that come with the package."
         )
     return build_recipe({**entries, **(overrides or {})})
@@ -204,8 +204,20 @@ def build_recipe(entries: dict) -> Recipe:
                 value = float(value)
         if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
             raise ValueError(f"`{name}` must be a {wanted.__name__}, got {value!r}. Correct the recipe or the option.")
+        for kind, members in zip(typing.get_args(types_of[name]), _columns(value), strict=False):
+            for member in members:
+                if not isinstance(member, (int, float) if kind is float else kind):
+                    raise ValueError(
+                        f"`{name}` must hold a {kind.__name__}, got {member!r} in {value!r}. Correct the recipe or the "
+                        "option."
+                    )
         values[name] = value
     return Recipe(**values)
+
+
+def _columns(value) -> list[list]:
+    """Keys and values of a mapping, members of a list."""
+    return [list(value), list(value.values())] if isinstance(value, dict) else [value]
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser):
@@ -222,7 +234,14 @@ def add_recipe_arguments(parser: argparse.ArgumentParser):
 
 def _value(entry):
     """How the text of an option becomes a value: as YAML, except where the field is text."""
-    return str if typing.get_type_hints(Recipe)[entry.name] is str else yaml.safe_load
+
+    def parse(text: str):
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise argparse.ArgumentTypeError(f"`{entry.name}` must be YAML, got {text!r}: {error}") from None
+
+    return str if typing.get_type_hints(Recipe)[entry.name] is str else parse
 
 
 def recipe_from_arguments(arguments: argparse.Namespace) -> Recipe:
