@@ -3,7 +3,6 @@
 import json
 import re
 import statistics
-import sys
 
 import numpy as np
 import pytest
@@ -79,10 +78,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def report(data, models):
-    words = ["msgfm", "evaluate", "--model", "a folder"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", words)
-        return evaluate_models(models, [data], mask_seeds=2)
+    return evaluate_models(models, [data], mask_seeds=2, command="msgfm evaluate --model 'a folder'")
 
 
 @pytest.fixture(scope="module")

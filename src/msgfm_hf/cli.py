@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -83,7 +84,12 @@ def _run_evaluate(arguments):
     from msgfm_hf.train.evaluate import evaluate_models, format_report, write_report
 
     report = evaluate_models(
-        arguments.model, arguments.data, arguments.split, mask_seeds=arguments.mask_seeds, max_crops=arguments.max_crops
+        arguments.model,
+        arguments.data,
+        arguments.split,
+        mask_seeds=arguments.mask_seeds,
+        max_crops=arguments.max_crops,
+        command=arguments.given,
     )
     print(format_report(report))
     if arguments.out:
@@ -112,8 +118,8 @@ def main(argv: list[str] | None = None):
         epilog="examples:\n"
         "  msgfm shards sample --out shards            real samples -> shards (MSGFM_SAMPLE_DATA)\n"
         "  msgfm inspect shards/terramesh              what is in them, with a contact sheet\n"
-        "  msgfm pretrain --data shards --max_steps 500\n"
-        "  msgfm evaluate --model runs/run --data shards",
+        "  msgfm pretrain --data shards --name mine --max_steps 500\n"
+        "  msgfm evaluate --model runs/mine --data shards",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -121,9 +127,10 @@ def main(argv: list[str] | None = None):
         build(commands.add_parser(name, help=text, description=text))
     commands.add_parser("pretrain", help="pretrain on a mixture of sensors (same as pretrain.py)", add_help=False)
     arguments = parser.parse_args(argv)
+    arguments.given = shlex.join(["msgfm", *argv])
     try:
         arguments.run(arguments)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError, RuntimeError) as error:
         parser.exit(1, f"msgfm {arguments.command}: {error}\n")
 
 

@@ -169,6 +169,11 @@ def _read(path: Path, reader: Callable[[Path], dict]) -> dict:
         ) from error
 
 
+def _read_state(path: Path) -> dict:
+    state = json.loads(path.read_text())
+    return {name: state[name] for name in ("step", "best", "bad", "identity")}
+
+
 def load_checkpoint(
     checkpoint: Checkpoint, model: MsGFMForPreTraining, optimizer: torch.optim.Optimizer, made_by: dict
 ) -> dict:
@@ -177,12 +182,12 @@ def load_checkpoint(
     Raises:
         CheckpointError: if it cannot be read, or another run made it; the message names what differs.
     """
-    state = _read(checkpoint.path / "state.json", lambda path: json.loads(path.read_text()))
+    state = _read(checkpoint.path / "state.json", _read_state)
     weights = _read(checkpoint.path / "model.safetensors", load_file)
     optimizer_state = _read(
         checkpoint.path / "optimizer.pt", lambda path: torch.load(path, map_location="cpu", weights_only=True)
     )
-    theirs = state.pop("identity", {})
+    theirs = state.pop("identity")
     ours = json.loads(json.dumps(made_by["identity"]))
     different = [name for name in ours if theirs.get(name) != ours[name]]
     if different:

@@ -1,9 +1,7 @@
 """Evaluation of pretrained models on held-out places: masked L1 of every sensor and crossing, beside the baselines."""
 
 import json
-import shlex
 import statistics as numbers
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +26,7 @@ def evaluate_models(
     mask_ratio: float = 0.6,
     mask_seeds: int = 8,
     max_crops: int | None = None,
+    command: str | None = None,
 ) -> dict:
     """Evaluate several models (seeds of one recipe, say) on the same crops and masks.
 
@@ -38,14 +37,23 @@ def evaluate_models(
         mask_ratio: share of masked cells.
         mask_seeds: every crop is masked this many times, differently, to take the chance out of few crops.
         max_crops: at most this many crops per source, evenly spread.
+        command: what to write down as the command that made the report.
 
     Returns:
         a JSON-able report: `rows` with, per source and direction, `crops` (n), `places`, the median over models `l1`
         with its `spread` (lowest, highest), `l1_by_model`, the baselines, and `by_place`; and what made it.
 
     Raises:
-        ValueError: if no source can be evaluated.
+        ValueError: if a folder is no model, no source can be evaluated, or a model lacks the sensors of one.
     """
+    for name, value in (("mask_seeds", mask_seeds), ("max_crops", max_crops)):
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}. Leave it out for the default.")
+    for path in models:
+        if not (Path(path) / "config.json").is_file():
+            raise ValueError(
+                f"`model` must be the folder of a pretrained model, got {str(path)!r}. Pretraining writes one."
+            )
     folders = [folder for path in data for folder in find_sources(path)]
     folders = [folder for folder in folders if {split, "train"} <= set(shard_splits(folder))]
     if not folders:
@@ -59,14 +67,19 @@ def evaluate_models(
     for path in models:
         model = MsGFMForPreTraining.from_pretrained(path).to(device).eval()
         processor = MsGFMImageProcessor.from_pretrained(path)
-        usable = [ShardSource(folder, split) for folder in folders]
-        usable = [source for source in usable if set(source.sensors) <= set(model.config.sensors)]
+        sources = [ShardSource(folder, split) for folder in folders]
+        for source in sources:
+            if not set(source.sensors) <= set(model.config.sensors):
+                raise ValueError(
+                    f"`data` must be of the sensors of the model ({', '.join(model.config.sensors)}), got "
+                    f"{', '.join(source.sensors)} in {source.path}. Name the folders of its sources one by one."
+                )
         known = {
             source.name: training_statistics(ShardSource(source.path, "train"), processor, model.config.image_size)
-            for source in usable
+            for source in sources
         }
         for seed in range(mask_seeds):
-            rows = evaluate_reconstruction(model, processor, usable, known, mask_ratio, seed, max_crops)
+            rows = evaluate_reconstruction(model, processor, sources, known, mask_ratio, seed, max_crops)
             for row in rows:
                 per_model = found.setdefault((row["source"], row["input"], row["target"]), [])
                 if seed == 0:
@@ -76,7 +89,7 @@ def evaluate_models(
     progress.close()
     return {
         "measure": "masked L1 in normalised units (see msgfm_hf.tasks.reconstruction); pixels weigh equally",
-        "command": shlex.join(["msgfm", *sys.argv[1:]]),
+        "command": command,
         "commit": source_commit(),
         "torch": torch.__version__,
         "device": device.type,
@@ -150,7 +163,8 @@ def format_report(report: dict) -> str:
         ]
         for name in baselines:
             value = row["baselines"].get(name)
-            cells.append("" if value is None else f"{value:.3f} ({row['l1'] / value:.2f})")
+            ratio = f" ({row['l1'] / value:.2f})" if value else ""
+            cells.append("" if value is None else f"{value:.3f}{ratio}")
         lines.append("| " + " | ".join(cells) + " |")
     few = min(row["places"] for row in report["rows"]) < 3
     title = "Demonstration, not evidence: fewer than three places per source.\n\n" if few else ""
