@@ -291,6 +291,18 @@ def test_a_file_with_other_bytes_is_an_error_that_says_what_to_do(tmp_path, run,
         run.load(checkpoint)
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize("place", [0.3, 0.6, 0.9])
+def test_a_single_flipped_bit_is_found(tmp_path, run, file, place):
+    """Most flips in numbers would load, and the run would go on from something it never was."""
+    checkpoint = run.save(tmp_path, 10)
+    stored = bytearray((checkpoint.path / file).read_bytes())
+    stored[int(place * len(stored))] ^= 0x10
+    (checkpoint.path / file).write_bytes(stored)
+    with pytest.raises(CheckpointError, match=f"`resume` must find a whole checkpoint, got .* whose {file} cannot be"):
+        run.load(checkpoint)
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "state.json"])
 def test_a_missing_file_is_an_error_that_says_what_to_do(tmp_path, run, file):
     checkpoint = run.save(tmp_path, 10)

@@ -731,6 +731,45 @@ def test_two_sources_of_one_name_are_refused(data, alone):
         Mixture(build_recipe({"data": [str(data), str(alone)]}))
 
 
+def test_a_source_in_a_folder_of_another_name_is_refused(tmp_path):
+    folder = write_aerial(tmp_path, val=0).rename(tmp_path / "photos")
+    with pytest.raises(ValueError, match="`data` must hold sources in folders of their own name, got 'aerial' in .*photos"):
+        Mixture(build_recipe({"data": [str(folder)]}))
+
+
+def test_a_sensor_outside_the_catalogue_is_refused(tmp_path):
+    with ShardWriter(tmp_path, "lidar", ["lidar"]) as writer:
+        image = ShardImage(np.ones((1, SIZE, SIZE), np.float32), ["returns"], "metres")
+        writer.write(ShardRow("a", "lidar", "train", "here", {"lidar": image}))
+    with pytest.raises(ValueError, match="`sensor` must be one of dsm, .*got 'lidar'"):
+        pretrain(quick(tmp_path / "lidar", tmp_path / "run", batch_sizes={}))
+
+
+def test_a_folder_with_a_model_that_is_not_of_a_run_is_left_alone(alone, tmp_path):
+    (tmp_path / "model.safetensors").write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="`output_dir` must be new, got .* with a model that is not of a run"):
+            pretrain(quick(alone, tmp_path), resume=resume)
+    assert (tmp_path / "model.safetensors").read_text() == "mine"
+
+
+def test_a_run_killed_before_its_first_checkpoint_is_not_overwritten_unasked(alone, tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="`output_dir` must be new, got .* with a run at step 0. Add `--resume`"):
+        pretrain(quick(alone, tmp_path))
+    result, _ = run(quick(alone, tmp_path, max_steps=1), resume=True)
+    assert result["finished"]
+
+
+def test_pictures_that_cannot_be_written_are_one_clear_error(alone, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pretrain_module, "draw_losses", full)
+    with pytest.raises(CheckpointError, match="`output_dir` must be writable, got .*the disk is full"):
+        pretrain(quick(alone, tmp_path / "run", max_steps=1))
+
+
 def test_data_that_are_not_there_are_refused(tmp_path):
     with pytest.raises(ValueError, match="`data` must be a folder of shards such as train-00000.parquet"):
         pretrain(quick(tmp_path / "nowhere", tmp_path / "run"))

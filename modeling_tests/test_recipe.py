@@ -134,7 +134,7 @@ def test_a_recipe_that_is_not_there_is_refused(name, message):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("- 1\n- 2\n", "`recipe` must be lines of `field: value`, got a list in .*mine.yaml.*Look at the recipes"),
+        ("- 1\n- 2\n", "`recipe` must be lines of `field: value`, got list in .*mine.yaml.*Look at the recipes"),
         ("name: [1\n", "(?s)`recipe` must be YAML, got .*mine.yaml.*Correct the file"),
         ("data: [a]\nlearning_rat: 1\n", "`learning_rat` must be a field of a recipe, got 1. Did you mean `learning_r"),
         ("data: [a]\nzzzzz: 1\n", "`zzzzz` must be a field of a recipe, got 1. See `--help` for all."),
@@ -184,6 +184,7 @@ def test_a_wrong_type_inside_a_list_or_a_mapping_is_refused(name, value):
 @pytest.mark.parametrize(
     "name, value, rule",
     [
+        ("model", {"sensors": {}}, "leave `sensors` and `inputs` to the data"),
         ("model_size", "huge", "be one of tiny, small, base"),
         ("make_data", "real", "be one of none, synthetic, sample"),
         ("lr_scheduler_type", "linear", "be one of multistep, cosine"),

@@ -97,7 +97,7 @@ def _run_evaluate(arguments):
         print(f"\nWritten: {arguments.out}")
 
 
-# Heavy imports wait inside the commands, so that `--help` answers at once.
+# What only one command needs is imported inside it: `msgfm inspect` has no use for accelerate.
 _COMMANDS = {
     "shards": ("make shards, the training format, out of imagery", _shards),
     "inspect": ("say and show what is in shards", _inspect),

@@ -637,7 +637,8 @@ class MsGFMImageProcessor(BaseImageProcessor):
             bands (`list[str]`, *optional*):
                 For an array, the names of its bands in their order. For a file or a PIL image, which of its bands to
                 take; without `bands` it must have exactly the expected ones, in any order. Any alias will do.
-                Expected are those of `inputs`, then all of the sensor. A choice is told to the model too.
+                Expected are those of `inputs`, then all of the sensor. Another choice must be named to the model as
+                well: `model(**inputs, bands={sensor: [...]})`.
             unit (`str`, *optional*):
                 `dn`, `reflectance`, `power`, `amplitude`, `db` or `metres`; by default the sensor's.
             scale, offset (`float`, *optional*):

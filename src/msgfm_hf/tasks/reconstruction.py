@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from msgfm_hf.data.batch import collate, normalise, rotations, sample_masks
 from msgfm_hf.data.mixture import EvaluationCrops
-from msgfm_hf.data.shards import ShardSource
+from msgfm_hf.data.shards import CorruptShardError, ShardSource
 from msgfm_hf.model.image_processing_msgfm import MsGFMImageProcessor
 from msgfm_hf.model.masking import mask_to_pixels
 from msgfm_hf.model.modeling_msgfm import MsGFMForPreTraining
@@ -50,14 +50,20 @@ def training_statistics(
     pixels: dict[str, list[torch.Tensor]] = defaultdict(list)
     crops = _spread(EvaluationCrops(source, image_size), max_crops)
     share = _FIT_PIXELS / (len(crops) * image_size**2)
-    for part, pixel_values, valid_mask in _normalised(crops, source, processor, batch_size=8):
+    for index in range(len(crops)):
+        try:
+            part = collate([crops[index]])["sources"][0]
+        except CorruptShardError:
+            # Training meets this row too, and counts it there.
+            continue
+        pixel_values, valid_mask = normalise(part["images"], source, processor, torch.device("cpu"))
         everywhere = torch.stack(list(valid_mask.values())).all(0)
-        generator = np.random.default_rng([seed, part["positions"][0]])
+        generator = np.random.default_rng([seed, index])
         chosen = torch.from_numpy(generator.random(tuple(everywhere.shape)) < share) & everywhere
         for sensor, values in pixel_values.items():
             pixels[sensor].append(values.permute(0, 2, 3, 1)[chosen])
     joined = {sensor: torch.cat(values).double() for sensor, values in pixels.items()}
-    if not all(map(len, joined.values())):
+    if not joined or not all(map(len, joined.values())):
         raise ValueError(
             f"`source` must have pixels that are valid in all its sensors ({', '.join(source.sensors)}), got none in "
             f"{source.path}. Look with `msgfm inspect`."
@@ -152,7 +158,7 @@ def _spread(crops: EvaluationCrops, max_crops: int | None) -> Dataset:
     return Subset(crops, np.linspace(0, len(crops) - 1, max_crops).round().astype(int).tolist())
 
 
-def _normalised(crops: Dataset, source, processor, batch_size, device=torch.device("cpu")):
+def _normalised(crops: Dataset, source, processor, batch_size: int, device: torch.device):
     # A generator of its own: a loader draws a seed when it starts, which must not shift the caller's.
     for batch in DataLoader(crops, batch_size=batch_size, collate_fn=collate, generator=torch.Generator()):
         part = batch["sources"][0]

@@ -1,6 +1,7 @@
 """Checkpoints that are whole or absent: written to a temporary folder, flushed to the disk, and renamed."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -27,6 +28,15 @@ class Checkpoint:
 
     path: Path
     step: int
+
+
+# Files whose bytes no format checks; their digests stand in state.json.
+_WEIGHTY = ("model.safetensors", "optimizer.pt")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fsync(path: Path):
@@ -143,7 +153,9 @@ def save_checkpoint(
         try:
             _save_into(temporary, model, processor)
             torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
-            (temporary / "state.json").write_text(json.dumps({**state, "identity": made_by["identity"]}))
+            digests = {name: _digest(temporary / name) for name in _WEIGHTY}
+            record = {**state, "identity": made_by["identity"], "sha256": digests}
+            (temporary / "state.json").write_text(json.dumps(record))
             for name in ("optimizer.pt", "state.json"):
                 _fsync(temporary / name)
             _fsync(temporary)
@@ -171,7 +183,7 @@ def _read(path: Path, reader: Callable[[Path], dict]) -> dict:
 
 def _read_state(path: Path) -> dict:
     state = json.loads(path.read_text())
-    return {name: state[name] for name in ("step", "best", "bad", "identity")}
+    return {name: state[name] for name in ("step", "best", "bad", "identity", "sha256")}
 
 
 def load_checkpoint(
@@ -183,11 +195,17 @@ def load_checkpoint(
         CheckpointError: if it cannot be read, or another run made it; the message names what differs.
     """
     state = _read(checkpoint.path / "state.json", _read_state)
-    weights = _read(checkpoint.path / "model.safetensors", load_file)
+    theirs, digests = state.pop("identity"), state.pop("sha256")
+
+    def sound(path: Path) -> Path:
+        if _digest(path) != digests[path.name]:
+            raise ValueError("another digest")
+        return path
+
+    weights = _read(checkpoint.path / "model.safetensors", lambda path: load_file(sound(path)))
     optimizer_state = _read(
-        checkpoint.path / "optimizer.pt", lambda path: torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint.path / "optimizer.pt", lambda path: torch.load(sound(path), map_location="cpu", weights_only=True)
     )
-    theirs = state.pop("identity")
     ours = json.loads(json.dumps(made_by["identity"]))
     different = [name for name in ours if theirs.get(name) != ours[name]]
     if different:

@@ -215,7 +215,8 @@ def draw_losses(metrics: Path, path: Path) -> Path:
         for name, value in line.get("losses", {}).items():
             training.setdefault(name, []).append((line["step"], value))
         for name, value in line.get("validation", {}).items():
-            validation.setdefault(name, []).append((line["step"], value["ratio_to_band_mean"]))
+            if value["ratio_to_band_mean"] is not None:
+                validation.setdefault(name, []).append((line["step"], value["ratio_to_band_mean"]))
     with _style():
         figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.4), constrained_layout=True)
         colours = {name: f"C{i % 10}" for i, name in enumerate(sorted({*training, *validation}))}

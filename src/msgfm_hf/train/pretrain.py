@@ -31,7 +31,7 @@ from msgfm_hf.data.mixture import MixtureDataset, MixtureSampler, SourceOrder, s
 from msgfm_hf.data.shards import ShardSource, find_sources, shard_splits
 from msgfm_hf.model.image_processing_msgfm import MsGFMImageProcessor
 from msgfm_hf.model.modeling_msgfm import MsGFMForPreTraining, count_parameters, routing_statistics
-from msgfm_hf.model.sensors import SENSORS
+from msgfm_hf.model.sensors import get_sensor
 from msgfm_hf.tasks.reconstruction import evaluate_reconstruction, masked_crops, training_statistics
 from msgfm_hf.train.checkpoint import (
     CheckpointError,
@@ -112,6 +112,12 @@ class Mixture:
                 f"`data` must hold a training split, got {', '.join(folders)} without one. Look with `msgfm inspect`."
             )
         self.sources = [ShardSource(folders[name], "train") for name in chosen]
+        for source in self.sources:
+            if source.name != Path(source.path).name:
+                raise ValueError(
+                    f"`data` must hold sources in folders of their own name, got {source.name!r} in {source.path}. "
+                    "Rename the folder."
+                )
         self.batch_sizes = [recipe.batch_sizes.get(name, _DEFAULT_BATCH_SIZE) for name in chosen]
         self.weights = source_weights(self.batch_sizes)
         self.validation = [ShardSource(s.path, "val") for s in self.sources if "val" in shard_splits(s.path)]
@@ -169,10 +175,17 @@ class _Run:
         self.recipe, self.run_dir = recipe, recipe.run_dir
         self.accelerator = Accelerator(mixed_precision=_precision(recipe))
         checkpoint = newest_checkpoint(self.run_dir)
-        if checkpoint is not None and not resume:
+        files = {path.name for path in self.run_dir.iterdir()} if self.run_dir.is_dir() else set()
+        if "run.json" not in files and "model.safetensors" in files:
             raise ValueError(
-                f"`output_dir` must be new, got {str(self.run_dir)!r} with a run at step {checkpoint.step}. "
-                "Add `--resume` to go on with it, or choose another `--output_dir`."
+                f"`output_dir` must be new, got {str(self.run_dir)!r} with a model that is not of a run. "
+                "Choose another `--output_dir`."
+            )
+        if "run.json" in files and not resume:
+            raise ValueError(
+                f"`output_dir` must be new, got {str(self.run_dir)!r} with a run at step "
+                f"{checkpoint.step if checkpoint else 0}. Add `--resume` to go on with it, or choose another "
+                "`--output_dir`."
             )
         if self.accelerator.is_main_process:
             make_missing_data(recipe)
@@ -187,7 +200,7 @@ class _Run:
         set_seed(recipe.seed)
         first = "rgb" if "rgb" in mixture.sensors else mixture.sensors[0]
         self.config = recipe.model_config(
-            {sensor: SENSORS[sensor].to_dict() for sensor in mixture.sensors}, {first: SENSORS[first].band_names}
+            {sensor: get_sensor(sensor).to_dict() for sensor in mixture.sensors}, {first: get_sensor(first).band_names}
         )
         self.processor = MsGFMImageProcessor.from_config(self.config)
         self.model = MsGFMForPreTraining(self.config)
@@ -276,7 +289,7 @@ class _Run:
         self.model.train()
         self._restart_clock()
         for batch in self._loader():
-            self._note_damage(batch["bad"])
+            self._note_damage(batch)
             inputs = batches(batch, self.step, self.accelerator.device)
             self.step += 1
             last = self.step == self.max_steps
@@ -315,11 +328,13 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         return outputs, float(gradient_norm), learning_rate
 
-    def _note_damage(self, bad: list):
-        for where, reason in bad:
-            self.progress.write(f"Damaged row {where} left out: {reason}")
-        self.bad += bad
-        if len(self.bad) > self.recipe.max_bad:
+    def _note_damage(self, batch: dict):
+        """List each damaged row once; stop at too many, or where no row could be read in their place."""
+        for where, reason in batch["bad"]:
+            if where not in (known for known, _ in self.bad):
+                self.progress.write(f"Damaged row {where} left out: {reason}")
+                self.bad.append((where, reason))
+        if len(self.bad) > self.recipe.max_bad or not batch["sources"]:
             where, reason = self.bad[-1]
             raise RuntimeError(
                 f"`max_bad` allows {self.recipe.max_bad} damaged rows, got {len(self.bad)}; the last is {where}: "
@@ -368,7 +383,9 @@ class _Run:
     def _validate(self):
         """Evaluate, and keep the model if it is the best so far."""
         rows = self._evaluate(self.model, self.recipe.eval_max_crops)
-        score = sum(_ratio(row) for row in rows) / len(rows)
+        ratios = [ratio for ratio in map(_ratio, rows) if ratio is not None]
+        # Where nothing can be compared, the newest model is the best.
+        score = sum(ratios) / len(ratios) if ratios else -self.step
         if self.accelerator.is_main_process:
             summary = {_way(row): {"l1": row["l1"], "ratio_to_band_mean": _ratio(row)} for row in rows}
             self._append({"step": self.step, "validation": summary, "score": score})
@@ -397,13 +414,14 @@ class _Run:
         if self.best is None:
             save_model(self.run_dir, self.model, self.processor)
         rows, model = [], self.model
-        pictures = [draw_losses(self.run_dir / "metrics.jsonl", self.run_dir / "losses.png")]
-        if self.mixture.validation:
-            if self.finished:
-                model = MsGFMForPreTraining.from_pretrained(self.run_dir).to(self.accelerator.device)
-                rows = self._evaluate(model, None)
-                write_text(self.run_dir / "validation.json", json.dumps(rows, indent=2))
-            pictures += self._draw(model)
+        if self.mixture.validation and self.finished:
+            model = MsGFMForPreTraining.from_pretrained(self.run_dir).to(self.accelerator.device)
+            rows = self._evaluate(model, None)
+            write_text(self.run_dir / "validation.json", json.dumps(rows, indent=2))
+        with checkpoint_errors(self.run_dir):
+            pictures = [draw_losses(self.run_dir / "metrics.jsonl", self.run_dir / "losses.png")]
+            if self.mixture.validation:
+                pictures += self._draw(model)
         if not self.finished:
             print(f"Stopped at step {self.step}. `--resume` goes on from there.")
         if rows:
@@ -413,7 +431,8 @@ class _Run:
             )
             for row in rows:
                 way = f"{row['source']:<20} {row['input']:>4} -> {row['target']:<4}"
-                print(f"  {way} {_ratio(row):.2f}   (n = {row['crops']})")
+                ratio = _ratio(row)
+                print(f"  {way} {'   -' if ratio is None else f'{ratio:.2f}'}   (n = {row['crops']})")
         print("\nPictures: " + "  ".join(str(path) for path in pictures))
         print("Load the model with:\n  import msgfm_hf; from transformers import AutoModel")
         print(f'  model = AutoModel.from_pretrained("{self.run_dir}")')
@@ -450,8 +469,6 @@ _FREE_FIELDS = (
     "dataloader_num_workers",
     "max_bad",
     "logging_steps",
-    "eval_steps",
-    "eval_max_crops",
     "save_steps",
     "save_total_limit",
 )
@@ -533,8 +550,9 @@ def _routing(outputs, config) -> dict:
     }
 
 
-def _ratio(row: dict) -> float:
-    return row["l1"] / row["band_mean"]
+def _ratio(row: dict) -> float | None:
+    """The model's error over the band mean's; `None` where that is 0 (nothing masked, or a flat place)."""
+    return row["l1"] / row["band_mean"] if row["band_mean"] else None
 
 
 def _way(row: dict) -> str:

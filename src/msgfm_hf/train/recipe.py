@@ -115,6 +115,7 @@ class Recipe:
         need(self.max_steps == -1 or self.max_steps > 0, "max_steps", "be above 0, or -1 for `num_train_epochs`")
         need(all(0 < share < 1 for share in self.lr_milestones), "lr_milestones", "be shares of the run, within 0..1")
         need(all(size > 0 for size in self.batch_sizes.values()), "batch_sizes", "be above 0 for every source")
+        need(not {"sensors", "inputs"} & set(self.model), "model", "leave `sensors` and `inputs` to the data")
         need(self.data, "data", "name at least one folder of shards")
 
     @property
