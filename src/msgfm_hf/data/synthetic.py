@@ -336,7 +336,7 @@ class _Sky:
 def _landscape(rng: np.random.Generator, size: int, gsd: float) -> _Land:
     # The scales are several cells of a mask wide: what is hidden must be guessable from what is left.
     form = _noise(rng, size, scale=50.0, smoothness=1.5)
-    terrain = form * gsd * rng.uniform(0.3, 0.9)
+    terrain = form * gsd * rng.uniform(0.6, 1.6)
 
     # Fields from wet low ground to dry high ground, which lets relief tell something about colour.
     parcel = _parcels(rng, size, spacing=rng.uniform(56, 76))
