@@ -733,7 +733,7 @@ def test_two_sources_of_one_name_are_refused(data, alone):
 
 def test_a_source_in_a_folder_of_another_name_is_refused(tmp_path):
     folder = write_aerial(tmp_path, val=0).rename(tmp_path / "photos")
-    with pytest.raises(ValueError, match="`data` must hold sources in folders of their own name, got 'aerial' in .*photos"):
+    with pytest.raises(ValueError, match="sources in folders of their own name, got 'aerial' in .*photos"):
         Mixture(build_recipe({"data": [str(folder)]}))
 
 
