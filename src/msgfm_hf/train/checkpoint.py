@@ -170,15 +170,19 @@ def save_checkpoint(
     return Checkpoint(final, state["step"])
 
 
-def _read(path: Path, reader: Callable[[Path], dict]) -> dict:
+def _read(path: Path, reader: Callable[[Path], dict], digest: str | None = None) -> dict:
     try:
-        return reader(path)
+        content = reader(path) if digest in (None, _digest(path)) else None
+        why = "its bytes changed"
     except Exception as error:
         # A damaged file makes its library raise all sorts of things, some with advice that does not fit.
+        content, why = None, type(error).__name__
+    if content is None:
         raise CheckpointError(
-            f"`resume` must find a whole checkpoint, got {str(path.parent)!r} whose {path.name} cannot be read "
-            f"({type(error).__name__}). Remove this folder to go on from the one before."
-        ) from error
+            f"`resume` must find a whole checkpoint, got {str(path.parent)!r} whose {path.name} cannot be read ({why}). "
+            "Remove this folder to go on from the one before."
+        )
+    return content
 
 
 def _read_state(path: Path) -> dict:
@@ -196,15 +200,11 @@ def load_checkpoint(
     """
     state = _read(checkpoint.path / "state.json", _read_state)
     theirs, digests = state.pop("identity"), state.pop("sha256")
-
-    def sound(path: Path) -> Path:
-        if _digest(path) != digests[path.name]:
-            raise ValueError("another digest")
-        return path
-
-    weights = _read(checkpoint.path / "model.safetensors", lambda path: load_file(sound(path)))
+    weights = _read(checkpoint.path / "model.safetensors", load_file, digests["model.safetensors"])
     optimizer_state = _read(
-        checkpoint.path / "optimizer.pt", lambda path: torch.load(sound(path), map_location="cpu", weights_only=True)
+        checkpoint.path / "optimizer.pt",
+        lambda path: torch.load(path, map_location="cpu", weights_only=True),
+        digests["optimizer.pt"],
     )
     ours = json.loads(json.dumps(made_by["identity"]))
     different = [name for name in ours if theirs.get(name) != ours[name]]
