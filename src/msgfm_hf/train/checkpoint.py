@@ -179,8 +179,8 @@ def _read(path: Path, reader: Callable[[Path], dict], digest: str | None = None)
         content, why = None, type(error).__name__
     if content is None:
         raise CheckpointError(
-            f"`resume` must find a whole checkpoint, got {str(path.parent)!r} whose {path.name} cannot be read ({why}). "
-            "Remove this folder to go on from the one before."
+            f"`resume` must find a whole checkpoint, got {str(path.parent)!r} whose {path.name} cannot be read "
+            f"({why}). Remove this folder to go on from the one before."
         )
     return content
 
