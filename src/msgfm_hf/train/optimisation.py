@@ -51,6 +51,7 @@ def build_optimizer(
         lr=recipe.learning_rate,
         betas=(recipe.adam_beta1, recipe.adam_beta2),
         eps=recipe.adam_epsilon,
+        fused=True,
     )
 
 
