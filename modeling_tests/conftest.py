@@ -14,11 +14,13 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import pytest
 import torch
 
+# Here and not in a fixture: a module's own fixtures run before it, and sums depend on the number of threads.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _one_world():
     """Tests share two cores, and a test's numbers must not depend on the one before it."""
-    torch.set_num_threads(1)
     torch.manual_seed(0)
 
 

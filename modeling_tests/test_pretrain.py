@@ -259,16 +259,18 @@ def test_the_run_says_what_made_it(whole):
     assert re.fullmatch(r"[0-9a-f]{12}\+?", record["commit"])
 
 
-def test_it_learns(whole):
-    """Even fields are easily continued: in sixty steps errors fall well below those of the mean.
+def test_it_learns(data, tmp_path, monkeypatch):
+    """Even fields are easily continued: in every direction errors fall well below those of the mean.
 
-    All directions together: how far a single one has come after so few steps differs between processors.
+    At half the others' learning rate and twice their steps, so that it does not hang on the processor's rounding: with
+    three seeds the worst direction came to 0.54 of the mean's error.
     """
-    out, result, _ = whole
-    losses = [line["loss"] for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
-    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
-    ratios = [row["l1"] / row["band_mean"] for row in result["reconstruction"]]
-    assert np.mean(ratios) < 0.95, ratios
+    monkeypatch.setattr(pretrain_module, "draw_reconstruction", lambda *arguments: arguments[-1])
+    result, _ = run(plan(data, tmp_path / "run", learning_rate=5e-3, max_steps=2 * STEPS))
+    losses = [line["loss"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    assert np.mean(losses[-5:]) < 0.45 * np.mean(losses[:5])
+    ratios = {(row["input"], row["target"]): row["l1"] / row["band_mean"] for row in result["reconstruction"]}
+    assert max(ratios.values()) < 0.8, ratios
 
 
 def test_the_best_model_is_the_one_that_stays(data, whole):
