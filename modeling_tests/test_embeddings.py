@@ -16,28 +16,9 @@ from msgfm_hf import (
     MsGFMModel,
     SensorSpec,
 )
+from tiny_models import BANDS, TINY, tiny
 
-TINY = {
-    "embed_dim": 16,
-    "depths": [2, 2],
-    "num_heads": [2, 4],
-    "window_size": 4,
-    "image_size": 32,
-    "mask_patch_size": 8,
-    "num_experts": 4,
-    "moe_blocks": [[], [1]],
-}
 LATE_RGB_S1 = {"fusion": "late", "inputs": {"rgb": ["red", "green", "blue"], "s1": ["VV", "VH"]}}
-BANDS = {sensor: len(SENSORS[sensor].bands) for sensor in ("rgb", "s1", "s2", "dsm")}
-
-
-def tiny(cls=MsGFMModel, **fields):
-    """Weights far from their first values: norms and biases of different sensors differ."""
-    model = cls(MsGFMConfig(**{**TINY, **fields}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model.eval()
 
 
 def images(*sensors, size=(32, 32), batch=2):

@@ -6,26 +6,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from msgfm_hf import MsGFMConfig, MsGFMForImageClassification, MsGFMForSemanticSegmentation
-
-TINY = {
-    "embed_dim": 16,
-    "depths": [2, 2],
-    "num_heads": [2, 4],
-    "window_size": 4,
-    "image_size": 32,
-    "mask_patch_size": 8,
-    "num_experts": 4,
-    "moe_blocks": [[], [1]],
-}
+import tiny_models
+from msgfm_hf import MsGFMForImageClassification, MsGFMForSemanticSegmentation
 
 
 def tiny(cls, **fields):
-    model = cls(MsGFMConfig(**{**TINY, "num_labels": 3, **fields}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
+    return tiny_models.tiny(cls, deviation=0.1, **{"num_labels": 3, **fields})
 
 
 # --------------------------------------------------------------------------------------------------- classification

@@ -22,35 +22,14 @@ from msgfm_hf import (
     count_parameters,
 )
 from msgfm_hf.model import modeling_msgfm
+from tiny_models import TINY, lively, tiny
 
-TINY = {
-    "embed_dim": 16,
-    "depths": [2, 2],
-    "num_heads": [2, 4],
-    "window_size": 4,
-    "image_size": 32,
-    "mask_patch_size": 8,
-    "num_experts": 4,
-    "moe_blocks": [[], [1]],
-}
 _S2 = SENSORS["s2"].to_dict()
 PAPER_WITHOUT_B10 = {
     **{sensor: SENSORS[sensor].to_dict() for sensor in ("rgb", "s1", "dsm")},
     "s2": {**_S2, "bands": [band for band in _S2["bands"] if band["name"] != "B10"]},
 }
 CLASSES = [MsGFMModel, MsGFMBackbone, MsGFMForPreTraining, MsGFMForImageClassification, MsGFMForSemanticSegmentation]
-
-
-def lively(model, deviation=0.2):
-    """Parameters far from their first values, so that a wrong one shows."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * deviation)
-    return model.eval()
-
-
-def tiny(cls=MsGFMModel, deviation=0.2, **fields):
-    return lively(cls(MsGFMConfig(**{**TINY, **fields})), deviation)
 
 
 def main_output(output):

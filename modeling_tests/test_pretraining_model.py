@@ -6,28 +6,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from msgfm_hf import SENSORS, MsGFMConfig, MsGFMForPreTraining, routing_statistics
+import tiny_models
+from msgfm_hf import SENSORS, MsGFMForPreTraining, routing_statistics
+from tiny_models import BANDS
 
-TINY = {
-    "embed_dim": 16,
-    "depths": [2, 2],
-    "num_heads": [2, 4],
-    "window_size": 4,
-    "image_size": 32,
-    "mask_patch_size": 8,
-    "num_experts": 4,
-    "moe_blocks": [[], [1]],
-}
 DENSE = {"moe_blocks": [[], []]}
-BANDS = {sensor: len(SENSORS[sensor].bands) for sensor in ("rgb", "s1", "s2", "dsm")}
 
 
 def tiny(**fields):
-    model = MsGFMForPreTraining(MsGFMConfig(**{**TINY, **fields}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
+    return tiny_models.tiny(MsGFMForPreTraining, deviation=0.1, **fields)
 
 
 def source(*sensors, batch=2, size=(32, 32)):
