@@ -226,6 +226,8 @@ class _Run:
             disable=not self.accelerator.is_main_process,
             desc=recipe.name,
             unit="step",
+            # Every state of the bar stays in a log file.
+            mininterval=0.1 if sys.stderr.isatty() else 10,
         )
 
     def run(self) -> dict:
