@@ -149,3 +149,13 @@ def test_two_configurations_share_no_lists():
     assert len(second.sensors["s2"]["bands"]) == 13
     assert len(second.inputs["rgb"]) == 3 and len(second.moe_blocks[2]) == 9
     assert len(SENSORS["s2"].bands) == 13
+
+
+@pytest.mark.parametrize("name", ["window", "experts", "num_expert"])
+def test_a_name_near_a_field_is_refused(name):
+    with pytest.raises(ValueError, match=f"`{name}` must be a field of MsGFMConfig, got 3. Did you mean"):
+        MsGFMConfig(**{name: 3})
+
+
+def test_inputs_are_kept_by_their_canonical_names():
+    assert MsGFMConfig(inputs={"rgb": ["R", "blue", "g"]}).inputs == {"rgb": ["red", "blue", "green"]}

@@ -13,6 +13,7 @@ from msgfm_hf import (
     MsGFMConfig,
     MsGFMForImageClassification,
     MsGFMForPreTraining,
+    MsGFMForSemanticSegmentation,
     MsGFMModel,
     SensorSpec,
 )
@@ -432,3 +433,23 @@ def test_a_sensor_there_is_or_a_source_there_is_not_are_refused():
     with pytest.raises(ValueError, match="sensors of this model .*, got 'lidar'"):
         model.add_sensor(CAMERA, init_from="lidar")
     assert "camera" not in model.config.sensors
+
+
+@pytest.mark.parametrize("cls", [MsGFMModel, MsGFMBackbone, MsGFMForSemanticSegmentation])
+def test_an_invalid_sensor_is_an_omitted_one_in_late_fusion(cls):
+    """Down to the maps of every stage, which dense heads read."""
+    model = tiny(cls, **LATE_RGB_S1)
+    both = images("rgb", "s1")
+    valid = {"s1": torch.zeros(2, 32, 32, dtype=torch.bool)}
+    left_out = model({"rgb": both["rgb"]}, output_hidden_states=True)
+    invalid = model(both, valid_mask=valid, output_hidden_states=True)
+    torch.testing.assert_close(invalid[0], left_out[0])
+    torch.testing.assert_close(invalid.hidden_states, left_out.hidden_states)
+
+
+def test_an_image_without_a_valid_pixel_has_maps_of_zeros():
+    valid = torch.ones(2, 32, 32, dtype=torch.bool)
+    valid[1] = False
+    output = tiny()(images("rgb"), valid_mask={"rgb": valid}, output_hidden_states=True)
+    for states in (*output.hidden_states, *output.reshaped_hidden_states, output.pooler_output):
+        assert states[0].abs().sum() > 0 and not states[1].any()

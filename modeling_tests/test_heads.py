@@ -1,7 +1,5 @@
 """The task heads: losses against torch's, what counts in them, and when the experts' loss joins."""
 
-import math
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -66,7 +64,9 @@ def test_segmentation_joins_all_stages_at_the_resolution_of_the_first():
         features = projection(norm(features.movedim(1, -1))).movedim(-1, 1)
         joined = joined + F.interpolate(features, (16, 10), mode="bilinear", align_corners=False)
     expected = torch.einsum("bdhw,ld->blhw", F.gelu(joined), model.classifier.weight[:, :, 0, 0])
-    torch.testing.assert_close(output.logits, expected + model.classifier.bias[None, :, None, None])
+    expected = expected + model.classifier.bias[None, :, None, None]
+    expected = F.interpolate(expected, scale_factor=4, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(output.logits, expected)
     assert output.loss is None and output.hidden_states is None
     # Either stage reaches the logits.
     for projection in model.projections:
@@ -75,12 +75,11 @@ def test_segmentation_joins_all_stages_at_the_resolution_of_the_first():
         assert not torch.allclose(model(images).logits, output.logits, atol=1e-4)
 
 
-def segmentation_loss(logits, labels, patch=4):
-    """Logits brought to the size of whole patches and cut; the mean over the pixels that count."""
+def segmentation_loss(logits, labels):
+    """The mean over the pixels that count."""
     height, width = labels.shape[1:]
-    full = F.interpolate(logits, scale_factor=patch, mode="bilinear", align_corners=False)[..., :height, :width]
     losses = [
-        -full[b, :, y, x].log_softmax(0)[labels[b, y, x]]
+        -logits[b, :, y, x].log_softmax(0)[labels[b, y, x]]
         for b in range(len(labels))
         for y in range(height)
         for x in range(width)
@@ -94,8 +93,17 @@ def test_segmentation_loss_at_any_size(height, width):
     model = tiny(MsGFMForSemanticSegmentation)
     images, labels = torch.randn(2, 3, height, width), torch.randint(0, 3, (2, height, width))
     output = model(images, labels=labels)
-    assert output.logits.shape == (2, 3, math.ceil(height / 4), math.ceil(width / 4))
+    assert output.logits.shape == (2, 3, height, width)
     torch.testing.assert_close(output.loss, segmentation_loss(output.logits, labels))
+
+
+def test_what_a_patch_says_stays_where_the_patch_is():
+    """An image that ends inside a patch is not stretched: its logits are those of whole patches, cut."""
+    model = tiny(MsGFMForSemanticSegmentation)
+    images = torch.randn(1, 3, 29, 31)
+    padded, valid = F.pad(images, (0, 1, 0, 3)), F.pad(torch.ones(1, 29, 31, dtype=torch.bool), (0, 1, 0, 3))
+    whole = model(padded, valid_mask=valid).logits
+    torch.testing.assert_close(model(images).logits, whole[..., :29, :31])
 
 
 def test_the_ignored_label_counts_nowhere():

@@ -611,7 +611,9 @@ def test_a_processor_belongs_to_the_model_with_its_sensors(tmp_path):
     assert processor.inputs == {"s1": ["VV"]}
     processor.check_config(config)
     # config.json knows lists, not tuples: still the same sensors.
-    processor.check_config(types.SimpleNamespace(sensors=json.loads(json.dumps(sensors))))
+    processor.check_config(types.SimpleNamespace(sensors=json.loads(json.dumps(sensors)), inputs={"s2": ["B04"]}))
+    with pytest.raises(ValueError, match=r"`inputs` .* must name the same bands of 's1', got \['VV'\] and \['VH'\]"):
+        processor.check_config(types.SimpleNamespace(sensors=sensors, inputs={"s1": ["VH"]}))
     (tmp_path / "config.json").write_text(json.dumps({"sensors": sensors}))
     processor.save_pretrained(tmp_path)
     MsGFMImageProcessor.from_pretrained(tmp_path)
@@ -620,7 +622,7 @@ def test_a_processor_belongs_to_the_model_with_its_sensors(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"sensors": sensors}))
     message = "`sensors` of the processor and of the model must be equal, got different dsm, s2"
     with pytest.raises(ValueError, match=message):
-        processor.check_config(types.SimpleNamespace(sensors=sensors))
+        processor.check_config(types.SimpleNamespace(sensors=sensors, inputs={}))
     with pytest.raises(ValueError, match=message):
         processor.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
@@ -634,6 +636,34 @@ def test_a_new_sensor_is_preprocessed_like_any_other(processor):
     assert values.flatten().tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
     with pytest.raises(ValueError, match="`spec` must have an id of its own, got 'hyper'"):
         processor.add_sensor(hyper)
+
+
+def test_expected_bands_in_another_order_come_out_in_the_models(processor):
+    rgb = np.random.default_rng(0).integers(0, 256, (3, 8, 9), dtype=np.uint8)
+    expected = processor(rgb, sensor="rgb")["pixel_values"]
+    reversed_bands = processor(rgb[::-1].copy(), sensor="rgb", bands=["B", "green", "red"])["pixel_values"]
+    assert torch.equal(reversed_bands, expected)
+    rows = processor.explain(rgb[::-1].copy(), sensor="rgb", bands=["B", "green", "red"])
+    assert [row["band"] for row in rows] == ["red", "green", "blue"]
+    # A real choice keeps the order it is named in.
+    two = processor(rgb[1::-1].copy(), sensor="rgb", bands=["green", "red"])["pixel_values"]
+    assert torch.equal(two, expected[:, [1, 0]])
+
+
+@pytest.mark.parametrize(
+    "option, value, message",
+    [
+        ("scale", 0, "`scale` of sensor 'rgb' must be finite and not 0, got 0"),
+        ("scale", float("nan"), "`scale` of sensor 'rgb' must be finite and not 0, got nan"),
+        ("scale", "x", "`scale` of sensor 'rgb' must be a number, got 'x'"),
+        ("offset", "x", "`offset` of sensor 'rgb' must be a number, got 'x'"),
+        ("nodata", "x", "`nodata` of sensor 'rgb' must be a number, got 'x'"),
+        ("bands", "red", r"`bands` of sensor 'rgb' must be a list of names, got 'red'. Use \['red'\]"),
+    ],
+)
+def test_options_that_are_no_numbers_or_lists(processor, option, value, message):
+    with pytest.raises(ValueError, match=message):
+        processor(np.ones((3, 8, 9), np.uint8), sensor="rgb", **{option: value})
 
 
 def test_what_stock_pipelines_do(processor):

@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,15 +150,27 @@ def test_every_stage_equals_transformers_swin(window, depths, size, implementati
     same(ours.pooler_output, theirs.pooler_output)
 
 
-def test_eager_and_sdpa_give_the_same_gradients():
+def test_eager_and_sdpa_give_the_same_gradients(monkeypatch):
+    # With gradients a CPU takes the eager path instead of SDPA. Here it must not: this is what runs on a GPU.
+    fused, functions = [], modeling_msgfm.ALL_ATTENTION_FUNCTIONS
+
+    def as_configured(name, default):
+        if model.config._attn_implementation == "eager":
+            return default
+        fused.append(name)
+        return functions["sdpa"]
+
+    monkeypatch.setattr(modeling_msgfm, "ALL_ATTENTION_FUNCTIONS", SimpleNamespace(get_interface=as_configured))
     images = torch.randn(1, 3, 44, 52)
     model = tiny(attention_probs_dropout_prob=0.0)
     gradients = []
     for implementation in ("eager", "sdpa"):
+        assert not fused
         model.set_attn_implementation(implementation)
         model.zero_grad()
         model(images).last_hidden_state.square().mean().backward()
         gradients.append(model.encoder.layers[0].blocks[1].attention.relative_position_bias_table.grad.clone())
+    assert fused
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(*gradients)
 
@@ -601,6 +614,29 @@ def test_a_dense_checkpoint_is_no_encoder_with_experts(tmp_path):
     tiny(moe_blocks=[[], []]).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"without encoder.layers.1.blocks.1.mlp.experts.down_proj.*router.weight"):
         MsGFMModel.from_pretrained(tmp_path, moe_blocks=[[], [1]])
+
+
+def test_an_encoder_with_more_than_the_configuration_is_refused_by_name(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no more of the encoder than the configuration has, got .*blocks\.1"):
+        MsGFMModel.from_pretrained(tmp_path, depths=[2, 1], moe_blocks=[[], []])
+
+
+def test_decoders_left_behind_are_no_news(tmp_path, capfd):
+    tiny(MsGFMForPreTraining).save_pretrained(tmp_path)
+    _, info = MsGFMModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["unexpected_keys"] and "UNEXPECTED" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("name", ["inputs", "targets"])
+def test_sensors_to_count_are_a_list(name):
+    with pytest.raises(ValueError, match=f"`{name}` must be a list of sensors, got 'rgb'"):
+        count_parameters(tiny(), **{name: "rgb"})
+
+
+def test_bands_are_a_list():
+    with pytest.raises(ValueError, match=r"`bands` of sensor 'rgb' must be a list of names, got 'red'"):
+        tiny()({"rgb": torch.randn(1, 3, 32, 32)}, bands={"rgb": "red"})
 
 
 def test_weights_of_another_shape_are_refused_by_name(tmp_path):

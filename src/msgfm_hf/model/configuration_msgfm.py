@@ -148,8 +148,10 @@ class MsGFMConfig(BackboneConfigMixin, PreTrainedConfig):
     def _refuse_misspelt(self, kwargs):
         fields = [field.name for field in dataclasses.fields(self) if not field.name.startswith("_")]
         for name in kwargs:
-            near = difflib.get_close_matches(name, fields, n=1, cutoff=0.8)
-            if name not in (*_DERIVED, "out_features", "out_indices") and near:
+            # `window` is near enough to `window_size`; what every configuration knows (`num_labels`) is not meant.
+            known = name in (*_DERIVED, "out_features", "out_indices") or hasattr(PreTrainedConfig, name)
+            near = difflib.get_close_matches(name, fields, n=1, cutoff=0.7)
+            if not known and near:
                 raise ValueError(
                     f"`{name}` must be a field of MsGFMConfig, got {kwargs[name]!r}. Did you mean `{near[0]}`?"
                 )
@@ -169,7 +171,8 @@ class MsGFMConfig(BackboneConfigMixin, PreTrainedConfig):
         need(self.inputs, "inputs", "name at least one sensor and its bands", "For example {'s1': ['VV', 'VH']}.")
         for sensor, bands in self.inputs.items():
             need(bands, "inputs", "name the bands of every sensor", "For example {'s1': ['VV', 'VH']}.")
-            self.sensor(sensor).select(bands)
+            # The canonical names, so that no reader of them has to know the aliases.
+            self.inputs[sensor] = [band.name for band in self.sensor(sensor).select(bands)]
         need(self.fusion in ("early", "late"), "fusion", "be 'early' or 'late'", "See the paper's appendix C.2.")
         need(self.depths, "depths", "name at least one stage", "The paper has [2, 2, 18, 2].")
         need(all(depth > 0 for depth in self.depths), "depths", "be above 0 in every stage", "Leave the stage out.")

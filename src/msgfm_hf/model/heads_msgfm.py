@@ -21,7 +21,7 @@ class MsGFMHeadOutput(ModelOutput):
 
     Args:
         loss (`torch.FloatTensor`, *optional*): of the task, plus the weighted auxiliary loss in training.
-        logits (`torch.FloatTensor`): (B, labels) for images, (B, labels, ceil(H/P), ceil(W/P)) for segmentation.
+        logits (`torch.FloatTensor`): (B, labels) for images, (B, labels, H, W) for segmentation.
         hidden_states, attentions, router_logits: as of `MsGFMModel`.
         aux_loss (`torch.FloatTensor`, *optional*): auxiliary loss of the experts, unweighted.
     """
@@ -83,7 +83,7 @@ class MsGFMForImageClassification(_MsGFMHead):
 
 
 class MsGFMForSemanticSegmentation(_MsGFMHead):
-    """The maps of all stages, brought to the first stage's resolution, joined, and classified per pixel."""
+    """The maps of all stages, brought to the first stage's resolution, joined, classified, and spread to the pixels."""
 
     def __init__(self, config: MsGFMConfig):
         super().__init__(config)
@@ -122,21 +122,21 @@ class MsGFMForSemanticSegmentation(_MsGFMHead):
             features = projection(norm(features.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
             joined = joined + F.interpolate(features, maps[0].shape[2:], mode="bilinear", align_corners=False)
         logits = self.classifier(F.gelu(joined))
+        height, width = shared_grid(by_sensor(self.config, pixel_values, "pixel_values"))[1:]
+        # Logits belong to whole patches; where the image ends inside the last one, the rest is cut off.
+        logits = F.interpolate(logits, scale_factor=self.config.patch_size, mode="bilinear", align_corners=False)
+        logits = logits[..., :height, :width]
         loss = None
         if labels is not None:
-            wanted = (maps[0].shape[0], *shared_grid(by_sensor(self.config, pixel_values, "pixel_values"))[1:])
+            wanted = (len(logits), height, width)
             if tuple(labels.shape) != wanted:
                 raise ValueError(
                     f"`labels` must have shape {wanted}, one class per pixel, got {tuple(labels.shape)}. Resample them "
                     "to the image's grid with nearest neighbours."
                 )
-            # Logits belong to whole patches; where the image ends inside the last one, the rest is cut off.
-            patch = self.config.patch_size
-            full = F.interpolate(logits.float(), scale_factor=patch, mode="bilinear", align_corners=False)
-            full = full[..., : labels.shape[1], : labels.shape[2]]
             ignored = self.config.semantic_loss_ignore_index
             # The mean over labelled pixels, and 0 rather than NaN where there is none.
-            loss = F.cross_entropy(full, labels.long(), ignore_index=ignored, reduction="sum")
+            loss = F.cross_entropy(logits.float(), labels.long(), ignore_index=ignored, reduction="sum")
             loss = loss / (labels != ignored).sum().clamp(min=1)
         return self._output(loss, logits, outputs, outputs.hidden_states if output_hidden_states else None)
 

@@ -7,6 +7,7 @@ Loaders that know their data call `radiometry` directly, on any device.
 
 import json
 import math
+import numbers
 import os
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass, field
@@ -371,15 +372,15 @@ class MsGFMImageProcessor(BaseImageProcessor):
         return cls(sensors=config.sensors, inputs=config.inputs)
 
     def check_config(self, config) -> None:
-        """Refuse a configuration whose sensors are not this processor's: with other bands or statistics the pair
-        would give wrong numbers without an error. Saving beside a `config.json`, and loading from a local folder
-        with one, call this.
+        """Refuse a configuration whose sensors or expected bands are not this processor's: with other bands or
+        statistics the pair would give wrong numbers without an error. Saving beside a `config.json`, and loading from
+        a local folder with one, call this.
 
         Args:
             config (`MsGFMConfig`): the model's configuration.
 
         Raises:
-            ValueError: if a sensor is missing on one side, or differs.
+            ValueError: if a sensor is missing on one side, or differs; or if both expect bands of a sensor, but others.
         """
         theirs = {sensor: get_sensor(sensor, config.sensors).to_dict() for sensor in config.sensors}
         different = [
@@ -392,13 +393,21 @@ class MsGFMImageProcessor(BaseImageProcessor):
                 f"`sensors` of the processor and of the model must be equal, got different {', '.join(different)}. "
                 "Make the processor with `MsGFMImageProcessor.from_config(model.config)`, and save the model first."
             )
+        for sensor in sorted({*self.inputs} & {*config.inputs}):
+            wanted = [band.name for band in get_sensor(sensor, self.sensors).select(config.inputs[sensor])]
+            if self.inputs[sensor] != wanted:
+                raise ValueError(
+                    f"`inputs` of the processor and of the model must name the same bands of {sensor!r}, got "
+                    f"{self.inputs[sensor]} and {wanted}. Make the processor with "
+                    "`MsGFMImageProcessor.from_config(model.config)`, and save the model first."
+                )
 
     def _check_folder(self, folder):
         path = Path(folder) / "config.json"
         if path.is_file():
             config = json.loads(path.read_text(encoding="utf-8"))
             if "sensors" in config:
-                self.check_config(_Config(config["sensors"]))
+                self.check_config(_Config(config["sensors"], config.get("inputs") or {}))
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """Save to `preprocessor_config.json`; see `ImageProcessingMixin.save_pretrained`.
@@ -637,8 +646,9 @@ class MsGFMImageProcessor(BaseImageProcessor):
             bands (`list[str]`, *optional*):
                 For an array, the names of its bands in their order. For a file or a PIL image, which of its bands to
                 take; without `bands` it must have exactly the expected ones, in any order. Any alias will do.
-                Expected are those of `inputs`, then all of the sensor. Another choice must be named to the model as
-                well: `model(**inputs, bands={sensor: [...]})`.
+                Expected are those of `inputs`, then all of the sensor: named in another order (a BGR array), they come
+                out in the expected one. Any other choice keeps its order and must be named to the model as well:
+                `model(**inputs, bands={sensor: [...]})`.
             unit (`str`, *optional*):
                 `dn`, `reflectance`, `power`, `amplitude`, `db` or `metres`; by default the sensor's.
             scale, offset (`float`, *optional*):
@@ -932,7 +942,21 @@ class MsGFMImageProcessor(BaseImageProcessor):
                     "Give the ground's height, or leave it out."
                 )
             reference = None if spec.reference == reference else reference
+        for option, value in (("scale", scale), ("offset", offset), ("nodata", nodata)):
+            if value is not None and not isinstance(value, numbers.Real):
+                raise ValueError(
+                    f"`{option}` of sensor {sensor!r} must be a number, got {value!r}. Leave it out for the file's."
+                )
+        if scale is not None and not (math.isfinite(scale) and scale != 0):
+            raise ValueError(
+                f"`scale` of sensor {sensor!r} must be finite and not 0, got {scale!r}. "
+                "physical = (stored + offset) * scale."
+            )
         chosen = [band.name for band in self._select(spec, bands)]
+        # The expected bands in another order (a BGR array) are brought into the model's.
+        expected = [band.name for band in self._select(spec, None)]
+        output = expected if set(expected) == set(chosen) else chosen
+        order = [chosen.index(band) for band in output]
         if isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4:
             images = list(images)
         images = images if isinstance(images, (list, tuple)) else [images]
@@ -942,6 +966,7 @@ class MsGFMImageProcessor(BaseImageProcessor):
         for image in images:
             picture = _open(image, spec, chosen, layout)
             index, sources = _find_bands(picture.names, len(picture.pixels), spec, chosen, by_name=bands is not None)
+            index, sources = [index[place] for place in order], [sources[place] for place in order]
             taken = picture.pixels[index]
             if taken.numel() == 0:
                 raise ValueError(
@@ -974,7 +999,7 @@ class MsGFMImageProcessor(BaseImageProcessor):
             pixels=torch.stack(pixels),
             valid_mask=torch.stack(masks),
             sensor=sensor,
-            bands=chosen,
+            bands=output,
             unit=unit,
             scale=torch.stack(scales).to(device),
             offset=torch.stack(offsets).to(device),
@@ -985,9 +1010,10 @@ class MsGFMImageProcessor(BaseImageProcessor):
 
 
 class _Config(NamedTuple):
-    """The one field of a configuration that `check_config` reads, as found in a `config.json`."""
+    """What `check_config` reads of a configuration, as found in a `config.json`."""
 
     sensors: dict[str, dict]
+    inputs: dict[str, list[str]]
 
 
 def _check_unit(spec: SensorSpec, unit: str | None) -> str:

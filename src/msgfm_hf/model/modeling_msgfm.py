@@ -253,7 +253,7 @@ class MsGFMEmbeddings(nn.Module):
         """Names of the bands of a tensor: as given, else `config.inputs`, else all of the sensor.
 
         Raises:
-            ValueError: if the tensor has another number of bands.
+            ValueError: for unknown bands, or if the tensor has another number of them.
         """
         spec = self.config.sensor(sensor)
         names = next((found[sensor] for found in (bands or {}, self.config.inputs) if sensor in found), spec.band_names)
@@ -262,12 +262,13 @@ class MsGFMEmbeddings(nn.Module):
                 f"`bands` for sensor {sensor!r} must name at least one band, got none. Leave it out for "
                 f"{', '.join(spec.band_names)}."
             )
+        names = [band.name for band in spec.select(names)]
         if pixels.shape[1] != len(names):
             raise ValueError(
                 f"`pixel_values` for sensor {sensor!r} must have {len(names)} bands ({', '.join(names)}), got shape "
                 f"{tuple(pixels.shape)}. Select bands by name with `bands=`."
             )
-        return list(names)
+        return names
 
     def _fuse(self, terms, norms, valids) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Sum the terms of several sensors where they are valid, and normalise with the mean of their norms."""
@@ -742,6 +743,8 @@ class MsGFMPreTrainedModel(PreTrainedModel):
         "router_logits": OutputRecorder(MsGFMLayer, index=2, capture_initial_hidden_state=False),
     }
     _input_embed_layer = "patch_embeddings"
+    # What pretraining leaves behind; a model without decoders does not miss them.
+    _keys_to_ignore_on_load_unexpected = [r"^decoders\."]
 
     # Transformers looks for these answers in the text of the file a class is written in, which for a head is not this.
     @classmethod
@@ -788,7 +791,7 @@ class MsGFMPreTrainedModel(PreTrainedModel):
         """As `PreTrainedModel.from_pretrained`, but an encoder that is not all in the checkpoint is an error.
 
         Raises:
-            ValueError: naming the keys of the trunk that are missing, and all that have another shape, unless
+            ValueError: naming the keys of the trunk that are missing or unexpected, and all of another shape, unless
                 `ignore_mismatched_sizes=True` allows the latter.
         """
         allowed = kwargs.pop("ignore_mismatched_sizes", False)
@@ -800,6 +803,13 @@ class MsGFMPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 f"`pretrained_model_name_or_path` must hold the whole encoder, got {pretrained_model_name_or_path!r} "
                 f"without {_shortened(missing)}. Load it with the configuration it was saved with, or convert it first."
+            )
+        extra = sorted(key for key in info["unexpected_keys"] if _is_trunk_key(key))
+        if extra:
+            raise ValueError(
+                f"`pretrained_model_name_or_path` must hold no more of the encoder than the configuration has, got "
+                f"{pretrained_model_name_or_path!r} with {_shortened(extra)}. Load it with the configuration it was "
+                "saved with."
             )
         mismatched = sorted(
             f"{key} {tuple(stored)} for {tuple(wanted)}" for key, stored, wanted in info["mismatched_keys"]
@@ -1081,13 +1091,14 @@ class MsGFMModel(MsGFMPreTrainedModel):
 
         outputs: MsGFMEncoderOutput = self.encoder(torch.cat([part.hidden_states for part in parts]), grid, **kwargs)
         hidden_states = self.layernorm(outputs.last_hidden_state)
-        pooled = []
-        features = list(hidden_states.split(batch_size))
-        for position, part in enumerate(parts):
-            features[position], mean = self._pool(features[position], part)
-            pooled.append(mean)
+        pooled = [
+            self._pool(features, part) for features, part in zip(hidden_states.split(batch_size), parts, strict=True)
+        ]
+        pooled = torch.cat(pooled)
 
-        def join(per_sensor: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+        def join(states: torch.Tensor, dim: int) -> torch.Tensor:
+            """Slices side by side; zeros for a sensor that is absent, and for an image without a valid pixel."""
+            per_sensor = [_seen(state, part) for state, part in zip(states.split(batch_size), parts, strict=True)]
             if self.config.fusion == "early":
                 return per_sensor[0]
             given = dict(zip(pixel_values, per_sensor, strict=True))
@@ -1097,10 +1108,10 @@ class MsGFMModel(MsGFMPreTrainedModel):
         def join_all(states, dim):
             if states is None:
                 return None
-            return tuple(None if state is None else join(state.split(batch_size), dim) for state in states)
+            return tuple(None if state is None else join(state, dim) for state in states)
 
         return MsGFMModelOutput(
-            last_hidden_state=join(features, -1),
+            last_hidden_state=join(hidden_states, -1),
             pooler_output=join(pooled, -1) if self.add_pooling_layer else None,
             hidden_states=join_all(outputs.hidden_states, -1),
             attentions=outputs.attentions,
@@ -1110,15 +1121,22 @@ class MsGFMModel(MsGFMPreTrainedModel):
             aux_loss=outputs.aux_loss,
         )
 
-    def _pool(self, features: torch.Tensor, part: EmbeddedTokens) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features (zeros for an image without a valid pixel) and the mean of those with a valid pixel under them."""
+    def _pool(self, features: torch.Tensor, part: EmbeddedTokens) -> torch.Tensor:
+        """The mean of the features (B, L, D) with a valid pixel under them."""
         if part.patch_valid is None:
-            return features, features.mean(1)
+            return features.mean(1)
         side = 2 ** (len(self.config.depths) - 1)
         valid = F.max_pool2d(part.patch_valid.float().unsqueeze(1), side, ceil_mode=True).flatten(1).unsqueeze(-1)
         valid = valid.to(features.dtype)
-        features = features * part.patch_valid.any((1, 2))[:, None, None]
-        return features, (features * valid).sum(1) / valid.sum(1).clamp(min=1)
+        return (features * valid).sum(1) / valid.sum(1).clamp(min=1)
+
+
+def _seen(features: torch.Tensor, part: EmbeddedTokens) -> torch.Tensor:
+    """Features (B, ...) of any shape, with zeros for an image without a valid pixel."""
+    if part.patch_valid is None:
+        return features
+    seen = part.patch_valid.any((1, 2)).view(-1, *[1] * (features.ndim - 1))
+    return torch.where(seen, features, 0)
 
 
 class MsGFMBackbone(BackboneMixin, MsGFMPreTrainedModel):
@@ -1126,10 +1144,9 @@ class MsGFMBackbone(BackboneMixin, MsGFMPreTrainedModel):
 
     def __init__(self, config: MsGFMConfig):
         super().__init__(config)
-        self.num_features = [config.embed_dim] + [config.embed_dim * 2**stage for stage in range(len(config.depths))]
         self.msgfm = MsGFMModel(config, add_pooling_layer=False)
-        sensors = len(config.inputs) if config.fusion == "late" else 1
-        self.num_features = [features * sensors for features in self.num_features]
+        width = config.embed_dim * (len(config.inputs) if config.fusion == "late" else 1)
+        self.num_features = [width] + [width * 2**stage for stage in range(len(config.depths))]
         self.hidden_states_norms = nn.ModuleDict(
             {
                 stage: nn.LayerNorm(channels, eps=config.layer_norm_eps)
@@ -1263,7 +1280,7 @@ class MsGFMForPreTraining(MsGFMPreTrainedModel):
 
         reconstructions: list[dict] = [{} for _ in sources]
         for (index, sensor, _), tokens, part in zip(slices, features, parts, strict=True):
-            reconstructions[index][sensor] = self.msgfm._pool(tokens, part)[0]
+            reconstructions[index][sensor] = _seen(tokens, part)
         losses: list[dict] = [{} for _ in sources]
         for index, source in enumerate(sources):
             decoders = {sensor: self._decoder(sensor, bands[index], grid, pixels) for sensor, pixels in source.items()}
@@ -1378,10 +1395,13 @@ def count_parameters(
         targets: sensors that come out, default the inputs; read only where the model has decoders.
 
     Raises:
-        ValueError: for a sensor the model does not have.
+        ValueError: for a sensor the model does not have, or a bare string.
     """
     inputs = list(model.config.inputs) if inputs is None else inputs
     targets = inputs if targets is None else targets
+    for name, sensors in (("inputs", inputs), ("targets", targets)):
+        if isinstance(sensors, str):
+            raise ValueError(f"`{name}` must be a list of sensors, got {sensors!r}. Use [{sensors!r}].")
     for sensor in (*inputs, *targets):
         model.config.sensor(sensor)
     share = model.config.num_experts_per_tok / model.config.num_experts

@@ -134,10 +134,12 @@ class SensorSpec:
         """The named bands (all of them for `None`) in the order given, each once.
 
         Raises:
-            ValueError: for an unknown band or one named twice.
+            ValueError: for an unknown band, one named twice, or a bare string.
         """
         if bands is None:
             return list(self.bands)
+        if isinstance(bands, str):
+            raise ValueError(f"`bands` of sensor {self.id!r} must be a list of names, got {bands!r}. Use [{bands!r}].")
         names = [self.resolve(name) for name in bands]
         if len(set(names)) != len(names):
             raise ValueError(f"`bands` of sensor {self.id!r} must name each band once, got {list(bands)}. Drop one.")
