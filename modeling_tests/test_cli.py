@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -141,9 +142,15 @@ def test_an_incomplete_command_is_told_its_usage(msgfm, words):
 
 def test_synthetic_scenes_are_made(msgfm, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr("msgfm_hf.data.synthetic.make_synthetic_shards", lambda out, seed: made.append((out, seed)))
+
+    def make(out, seed, overwrite):
+        made.append((out, seed, overwrite))
+        return {"synthetic_rgb": {"train": 192, "val": 48}}
+
+    monkeypatch.setattr("msgfm_hf.data.synthetic.make_synthetic_shards", make)
     code, said, _ = msgfm("shards", "synthetic", "--out", tmp_path / "s", "--seed", 5)
-    assert code == 0 and made == [(tmp_path / "s", 5)]
+    assert code == 0 and made == [(tmp_path / "s", 5, False)]
+    assert "synthetic_rgb      train 192, val 48" in said
     assert f"msgfm inspect {tmp_path / 's'}" in said
 
 
@@ -168,9 +175,19 @@ def test_samples_that_are_not_there_are_one_line(msgfm, tmp_path):
     fails(msgfm("shards", "sample", "--out", tmp_path / "s", "--root", tmp_path / "none"), "`root` must", "none")
 
 
-def test_synthetic_scenes_are_not_made_over_others(msgfm, shards, tmp_path):
-    (tmp_path / "synthetic_rgb").symlink_to(shards / "harbour")
-    fails(msgfm("shards", "synthetic", "--out", tmp_path), "`out_dir` must not hold the source already")
+def test_inspect_fails_where_something_is_damaged(msgfm, tmp_path):
+    with ShardWriter(tmp_path, "meadow", ["rgb"]) as writer:
+        image = ShardImage(np.full((3, 8, 8), 80, np.uint8), ["red", "green", "blue"], "dn", 1 / 255)
+        writer.write(ShardRow("a", "meadow", "train", "here", {"rgb": image}))
+    file = tmp_path / "meadow" / "train-00000.parquet"
+    stored = bytearray(file.read_bytes())
+    columns = pq.ParquetFile(file).metadata.row_group(0)
+    column = next(columns.column(i) for i in range(columns.num_columns) if columns.column(i).path_in_schema == "rgb")
+    stored[column.data_page_offset + column.total_compressed_size - 9] ^= 0x10
+    file.write_bytes(stored)
+    code, said, error = msgfm("inspect", tmp_path / "meadow", "--verify", "--no-contact-sheet")
+    assert code == 1 and "1 damaged" in said
+    assert "`path` must hold sound shards, got 1 damaged places" in error
 
 
 # Inspect

@@ -2,13 +2,15 @@
 
 import json
 import re
+import shutil
 import statistics
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from msgfm_hf.data.shards import ShardImage, ShardRow, ShardSource, ShardWriter
+from msgfm_hf.data.shards import CorruptShardError, ShardImage, ShardRow, ShardSource, ShardWriter
 from msgfm_hf.model.configuration_msgfm import MsGFMConfig
 from msgfm_hf.model.image_processing_msgfm import MsGFMImageProcessor
 from msgfm_hf.model.modeling_msgfm import MsGFMForPreTraining
@@ -241,3 +243,44 @@ def test_a_model_without_the_sensors_of_the_data_is_refused(data, tmp_path):
 def test_counts_below_one_are_refused(data, models, name, value):
     with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
         evaluate_models(models[:1], [data / "pairs"], **{"mask_seeds": 1, name: value})
+
+
+def test_two_sources_of_one_name_are_refused(data, models):
+    with pytest.raises(ValueError, match="`data` must hold each source once, got .*pairs, pairs"):
+        evaluate_models(models[:1], [data, data / "pairs"])
+
+
+def test_models_that_see_other_pixels_are_not_put_together(data, models, tmp_path):
+    model = MsGFMForPreTraining.from_pretrained(models[0])
+    model.config.image_size = 2 * SIZE
+    model.save_pretrained(tmp_path / "wide")
+    MsGFMImageProcessor.from_config(model.config).save_pretrained(tmp_path / "wide")
+    with pytest.raises(ValueError, match="`model` must be models that see the same crops, masks and units, got .*wide"):
+        evaluate_models([models[0], tmp_path / "wide"], [data], mask_seeds=1, max_crops=2)
+
+
+def test_damage_in_what_is_evaluated_is_an_error(data, models, tmp_path):
+    """A flipped bit changes a number a little: only the checksum can see it."""
+    shutil.copytree(data / "pairs", tmp_path / "pairs")
+    file = tmp_path / "pairs" / "val-00000.parquet"
+    columns = pq.ParquetFile(file).metadata.row_group(0)
+    column = next(columns.column(i) for i in range(columns.num_columns) if columns.column(i).path_in_schema == "rgb")
+    content = bytearray(file.read_bytes())
+    content[column.data_page_offset + column.total_compressed_size // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CorruptShardError, match="got damage at row"):
+        evaluate_models(models[:1], [tmp_path], mask_seeds=1)
+
+
+def test_a_report_says_which_model_was_kept(report, data, models, tmp_path):
+    assert report["trained"][0]["kept_step"] is None
+    shutil.copytree(models[0], tmp_path / "run")
+    lines = [
+        {"step": 10, "score": 0.9},
+        {"step": 15, "loss": 1.0},
+        {"step": 20, "score": 0.7},
+        {"step": 30, "score": 1},
+    ]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (trained,) = evaluate_models([tmp_path / "run"], [data], mask_seeds=1, max_crops=1)["trained"]
+    assert trained["kept_step"] == 20

@@ -252,7 +252,14 @@ def test_the_run_says_what_made_it(whole):
     out, _, _ = whole
     record = json.loads((out / "run.json").read_text())
     assert record["identity"]["max_steps"] == STEPS and record["identity"]["world_size"] == 1
-    assert record["identity"]["sources"]["pairs"] == {"rows": 8, "sensors": ["s1", "s2"]}
+    assert record["identity"]["mixed_precision"] == "no"
+    assert record["identity"]["sources"]["pairs"] == {
+        "rows": [8],
+        "bands": {"s1": ["VV", "VH"], "s2": ["B04", "B08"]},
+        "units": {"s1": "db", "s2": "dn"},
+        "dtypes": {"s1": "float32", "s2": "uint16"},
+        "levels": {"s1": None, "s2": "l2a"},
+    }
     assert record["recipe"]["output_dir"] == str(out)
     assert record["versions"]["torch"] == torch.__version__
     assert record["threads"] == 1
@@ -711,7 +718,7 @@ def test_a_folder_of_sources_is_a_mixture(data, alone):
     assert (mixture.batch_sizes, mixture.weights) == ([16, 16], [1.0, 1.0])
     assert mixture.sensors == ["rgb", "s1", "s2"]
     assert [source.split for source in mixture.validation] == ["val", "val"]
-    assert mixture.fingerprint()["aerial"] == {"rows": 12, "sensors": ["rgb"]}
+    assert mixture.fingerprint()["aerial"]["rows"] == [12]
     one = Mixture(build_recipe({"data": [str(data / "pairs")], "batch_sizes": {"pairs": 3}}))
     assert ([source.name for source in one.sources], one.batch_sizes) == (["pairs"], [3])
     assert Mixture(build_recipe({"data": [str(alone)]})).validation == []
@@ -783,13 +790,13 @@ def test_data_that_are_not_there_are_refused(tmp_path):
 
 def test_missing_data_are_made_and_existing_ones_left(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr("msgfm_hf.data.synthetic.make_synthetic_shards", lambda out, seed: made.append((out, seed)))
+    monkeypatch.setattr("msgfm_hf.data.synthetic.make_synthetic_shards", lambda out: made.append(out))
     monkeypatch.setattr("msgfm_hf.data.sample.make_sample_shards", lambda root, out: made.append((root, out)))
     monkeypatch.setenv("MSGFM_SAMPLE_DATA", "/samples")
     out = tmp_path / "new"
     for kind in ("none", "synthetic", "sample"):
         make_missing_data(build_recipe({"data": [str(out)], "make_data": kind, "seed": 4}))
-    assert made == [(out, 4), (Path("/samples"), out)]
+    assert made == [out, (Path("/samples"), out)]
     write_aerial(out)
     make_missing_data(build_recipe({"data": [str(out)], "make_data": "synthetic"}))
     assert len(made) == 2
@@ -797,11 +804,61 @@ def test_missing_data_are_made_and_existing_ones_left(tmp_path, monkeypatch):
 
 def test_data_whose_making_was_interrupted_are_made_again(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr("msgfm_hf.data.synthetic.make_synthetic_shards", lambda out, seed: made.append(out))
+    monkeypatch.setattr("msgfm_hf.data.synthetic.make_synthetic_shards", lambda out: made.append(out))
     # What a killed process leaves: the folder, and a source that is not yet one.
     (tmp_path / "data" / ".synthetic_rgb-77.partial").mkdir(parents=True)
     make_missing_data(build_recipe({"data": [str(tmp_path / "data")], "make_data": "synthetic"}))
     assert made == [tmp_path / "data"]
+
+
+def test_a_run_that_goes_on_keeps_its_record(alone, tmp_path, monkeypatch):
+    recipe = quick(alone, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        run(recipe)
+    first = json.loads((tmp_path / "run" / "run.json").read_text())
+    monkeypatch.setattr(pretrain_module, "source_commit", lambda: "another")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    _, said = run(recipe, resume=True)
+    assert "had 1 threads before and has 7 now" in said
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    (leg,) = record.pop("resumed")
+    assert record == first and record["commit"] != "another"
+    assert (leg["step"], leg["commit"], leg["threads"]) == (5, "another", 7)
+    # Looking at a run that is over changes nothing.
+    run(recipe, resume=True)
+    assert json.loads((tmp_path / "run" / "run.json").read_text()) == record | {"resumed": [leg]}
+
+
+def test_other_data_of_the_same_size_are_another_run(data, tmp_path):
+    run(quick(data / "aerial", tmp_path / "run", max_steps=4))
+    folder = tmp_path / "aerial"
+    with ShardWriter(tmp_path, "aerial", ["rgb"]) as writer:
+        for number in range(12):
+            pixels = aerial_image(number).pixels.astype(np.float32)
+            image = ShardImage(pixels, ["red", "green", "blue"], "dn", 1 / 255)
+            writer.write(ShardRow(f"{number}", "aerial", "train", "here", {"rgb": image}))
+    with pytest.raises(CheckpointError, match="sources"):
+        pretrain(quick(folder, tmp_path / "run", max_steps=4), resume=True)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ImportError("`rasterio` must be installed")])
+def test_what_the_system_refuses_is_one_line(alone, tmp_path, monkeypatch, capsys, error):
+    def refuse(recipe, resume):
+        raise error
+
+    monkeypatch.setattr(pretrain_module, "pretrain", refuse)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--data", str(alone)])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 1 and said.startswith("pretrain.py: ") and said.count("\n") == 1
+
+
+def test_a_copy_in_somebody_elses_repository_has_no_commit(tmp_path, monkeypatch):
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    monkeypatch.setattr(pretrain_module, "__file__", str(tmp_path / "pretrain.py"))
+    (tmp_path / "pretrain.py").write_text("")
+    assert pretrain_module.source_commit() is None
 
 
 def test_the_samples_need_to_be_found(tmp_path, monkeypatch):

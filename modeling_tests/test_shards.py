@@ -524,7 +524,7 @@ def test_the_report_lists_damaged_rows(tmp_path):
     content[content.find(rgb_image(17).pixels.tobytes())] ^= 1
     file.write_bytes(content)
     report = inspect_shards(folder, verify=True)
-    assert "verified with page checksums: 4 damaged" in report
+    assert "verified with page checksums: 4 damaged" in report and len(report.damaged) == 4
     assert "got damage at row 17 (among rows 16 to 19)" in report
     file.write_bytes(content[:-50])
     assert "must be a whole Parquet file" in inspect_shards(folder, verify=True)
@@ -532,6 +532,17 @@ def test_the_report_lists_damaged_rows(tmp_path):
         inspect_shards(folder)
     (folder / "train-00000.parquet").unlink()
     assert "no readable split" in inspect_shards(folder, verify=True)
+
+
+def test_the_report_survives_damage_in_the_metadata(tmp_path):
+    folder = write_rgb(tmp_path, 20, ("train", "val"))
+    file = folder / "val-00000.parquet"
+    content = bytearray(file.read_bytes())
+    start = pq.ParquetFile(file).metadata.row_group(0).column(0).data_page_offset
+    content[start : start + 6] = b"\xff" * 6
+    file.write_bytes(content)
+    report = inspect_shards(folder, verify=True)
+    assert report.damaged and "damage at rows 0 to 15" in report and "train 20 rows" in " ".join(report.split())
 
 
 def test_the_contact_sheet_shows_rows_and_sensors(tmp_path):

@@ -1,6 +1,7 @@
 """Synthetic scenes: the same every time, in the units they claim, and each sensor a view of the same landscape."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -376,3 +377,14 @@ def test_make_synthetic_shards_refuses(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         make_synthetic_shards(tmp_path, **arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_making_goes_on_and_leaves_what_is_whole(tmp_path):
+    first = make_synthetic_shards(tmp_path, seed=3, scenes=4, image_size=32)
+    written = {name: (tmp_path / name / "train-00000.parquet").read_bytes() for name in SOURCES}
+    shutil.rmtree(tmp_path / "synthetic_s1s2")
+    assert make_synthetic_shards(tmp_path, seed=3, scenes=4, image_size=32) == first
+    make_synthetic_shards(tmp_path, seed=4, scenes=4, image_size=32)
+    assert {name: (tmp_path / name / "train-00000.parquet").read_bytes() for name in SOURCES} == written
+    make_synthetic_shards(tmp_path, seed=4, scenes=4, image_size=32, overwrite=True)
+    assert all((tmp_path / name / "train-00000.parquet").read_bytes() != written[name] for name in SOURCES)

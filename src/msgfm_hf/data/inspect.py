@@ -18,7 +18,13 @@ _FOOTNOTE = "Each band is stretched from its 2nd to its 98th percentile in the p
 _UNIT_SYMBOLS = {"db": "dB", "metres": "m"}
 
 
-def inspect_shards(path, verify: bool = False, rows: int = 32) -> str:
+class ShardReport(str):
+    """A report to print; `damaged` says what is wrong with which rows, as far as that was looked for."""
+
+    damaged: list[str]
+
+
+def inspect_shards(path, verify: bool = False, rows: int = 32) -> ShardReport:
     """A report on one source, or on every source in a folder.
 
     Rows and places per split, places that occur in more than one; per sensor bands, units, dtype, sizes, ground
@@ -31,13 +37,16 @@ def inspect_shards(path, verify: bool = False, rows: int = 32) -> str:
         rows (`int`): how many rows of a source the values are measured on, spread evenly.
 
     Returns:
-        `str`: the report.
+        `ShardReport`: a `str` with the list `damaged`.
 
     Raises:
         ValueError: if there are no shards.
         CorruptShardError: without `verify`, at the first damaged file or row that is met.
     """
-    return "\n\n".join(_report(folder, verify, rows) for folder in find_sources(path))
+    parts = [_report(folder, verify, rows) for folder in find_sources(path)]
+    report = ShardReport("\n\n".join(text for text, _ in parts))
+    report.damaged = [reason for _, damaged in parts for reason in damaged]
+    return report
 
 
 def contact_sheet(path, out_png, split: str | None = None, rows: int | None = None, seed: int = 0) -> Path:
@@ -109,18 +118,19 @@ class _Panel(NamedTuple):
     gsd: float | None
 
 
-def _report(folder: str, verify: bool, rows: int) -> str:
-    sources, damaged = {}, []
+def _report(folder: str, verify: bool, rows: int) -> tuple[str, list[str]]:
+    sources, metadata, damaged = {}, {}, []
     for split in shard_splits(folder):
         try:
-            sources[split] = ShardSource(folder, split)
+            source = ShardSource(folder, split)
+            metadata[split] = source.read_metadata()
+            sources[split] = source
         except CorruptShardError as error:
             if not verify:
                 raise
             damaged.append(str(error))
     if not sources:
-        return "\n".join([f"{folder}: no readable split", *damaged])
-    metadata = {split: source.read_metadata() for split, source in sources.items()}
+        return "\n".join([f"{folder}: no readable split", *damaged]), damaged
     places = {split: Counter(row["group_id"] for row in table) for split, table in metadata.items()}
     source = next(iter(sources.values()))
     total = sum(map(len, metadata.values()))
@@ -147,7 +157,7 @@ def _report(folder: str, verify: bool, rows: int) -> str:
         verdict = f"{len(damaged)} damaged" if damaged else "all rows are sound"
         lines.append(f"  verified with page checksums: {verdict}")
         lines += [f"    {reason}" for reason in damaged]
-    return "\n".join(lines)
+    return "\n".join(lines), damaged
 
 
 def _images(sources, sensor, numbers, damaged, verify):

@@ -200,7 +200,7 @@ class EvaluationCrops(Dataset):
     def __getitem__(self, index: int) -> dict:
         """As `MixtureDataset`, with `source` 0, `position` the crop's number and `id` (row, top, left)."""
         number, top, left = self.ids[index]
-        row = self.source.read(number)
+        row = self.source.read(number, verify=True)
         _shared_size(row, self.source.path)
         return {
             "source": 0,

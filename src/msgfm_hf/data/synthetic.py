@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from msgfm_hf.data.shards import ShardImage, ShardRow, ShardWriter
+from msgfm_hf.data.shards import ShardImage, ShardRow, ShardSource, ShardWriter, shard_splits
 from msgfm_hf.model.sensors import SENSORS
 
 CLASSES = ("water", "forest", "crops", "grass", "bare", "built", "road")
@@ -244,12 +244,18 @@ SPLITS = {"train": 0.8, "val": 0.2}
 
 
 def make_synthetic_shards(
-    out_dir: str | Path, seed: int = 0, scenes: int = 60, image_size: int = 128, splits: Mapping[str, float] = SPLITS
+    out_dir: str | Path,
+    seed: int = 0,
+    scenes: int = 60,
+    image_size: int = 128,
+    splits: Mapping[str, float] = SPLITS,
+    overwrite: bool = False,
 ) -> dict[str, dict[str, int]]:
     """Write the sources `synthetic_rgb` (unpaired), `synthetic_s1s2` and `synthetic_rgbdsm` (paired) as shards.
 
     Every scene is a place of its own, belongs to one source and one split, and gives four rows, its quarters; their
-    `group_id` is the scene. `target` is the land cover of the row, `labels` the classes that occur in it.
+    `group_id` is the scene. `target` is the land cover of the row, `labels` the classes that occur in it. Each source
+    appears when it is whole; finished ones are left as they are.
 
     Args:
         out_dir (`str` or `Path`): each source gets the folder `out_dir/<source>`.
@@ -257,6 +263,7 @@ def make_synthetic_shards(
         scenes (`int`): scenes per source.
         image_size (`int`): height and width of a row's images in pixels, at least 16.
         splits (`Mapping[str, float]`): share of the scenes per split, above 0; each split gets at least one scene.
+        overwrite (`bool`): make finished sources anew.
 
     Returns:
         `{source: {split: number of rows}}`.
@@ -274,8 +281,12 @@ def make_synthetic_shards(
         )
     summary = {}
     for position, (name, source) in enumerate(SOURCES.items()):
+        folder = Path(out_dir) / name
+        if folder.exists() and not overwrite:
+            summary[name] = {split: len(ShardSource(folder, split)) for split in shard_splits(folder)}
+            continue
         summary[name] = dict.fromkeys(splits, 0)
-        with ShardWriter(out_dir, name, list(source.sensors), levels=source.levels) as writer:
+        with ShardWriter(out_dir, name, list(source.sensors), levels=source.levels, overwrite=overwrite) as writer:
             for number, split in enumerate(_assign(scenes, splits)):
                 # No two scenes of any seed and source have the same seed, and so the same place.
                 scene_seed = (seed * len(SOURCES) + position) * 2**32 + number

@@ -165,8 +165,8 @@ def save_checkpoint(
             _fsync(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    for old in _checkpoint_folders(folder)[:-save_total_limit]:
-        shutil.rmtree(old)
+        for old in _checkpoint_folders(folder)[:-save_total_limit]:
+            shutil.rmtree(old)
     return Checkpoint(final, state["step"])
 
 

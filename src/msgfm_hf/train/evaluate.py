@@ -13,6 +13,7 @@ from msgfm_hf.model.image_processing_msgfm import MsGFMImageProcessor
 from msgfm_hf.model.modeling_msgfm import MsGFMForPreTraining
 from msgfm_hf.tasks.reconstruction import evaluate_reconstruction, training_statistics
 from msgfm_hf.train.checkpoint import write_text
+from msgfm_hf.train.pictures import read_metrics
 from msgfm_hf.train.pretrain import source_commit
 
 # Values of a row that are not an error of some method.
@@ -44,7 +45,8 @@ def evaluate_models(
         with its `spread` (lowest, highest), `l1_by_model`, the baselines, and `by_place`; and what made it.
 
     Raises:
-        ValueError: if a folder is no model, no source can be evaluated, or a model lacks the sensors of one.
+        ValueError: if a folder is no model, no source can be evaluated, two sources have one name, a model lacks the
+            sensors of one, or the models do not see the same pixels.
     """
     for name, value in (("mask_seeds", mask_seeds), ("max_crops", max_crops)):
         if value is not None and value < 1:
@@ -61,12 +63,23 @@ def evaluate_models(
             f"`data` must hold a source with the splits 'train' and {split!r}, got {[str(path) for path in data]}. "
             "Baselines are fitted on the training places. Look with `msgfm inspect`."
         )
+    names = [Path(folder).name for folder in folders]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`data` must hold each source once, got {', '.join(sorted(names))}. Leave one out.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    first = None
     found: dict[tuple[str, str, str], list[list[dict]]] = {}
     progress = tqdm(total=len(models) * mask_seeds, desc="evaluating", unit="pass")
     for path in models:
         model = MsGFMForPreTraining.from_pretrained(path).to(device).eval()
         processor = MsGFMImageProcessor.from_pretrained(path)
+        # Crops, masks and units: with others, errors cannot be compared.
+        sees = (model.config.image_size, model.config.patch_size, model.config.mask_patch_size, processor.sensors)
+        if (first := first or sees) != sees:
+            raise ValueError(
+                f"`model` must be models that see the same crops, masks and units, got {str(path)!r} with another "
+                f"image, patch or masked cell size or other sensors than {str(models[0])!r}. Evaluate it by itself."
+            )
         sources = [ShardSource(folder, split) for folder in folders]
         for source in sources:
             if not set(source.sensors) <= set(model.config.sensors):
@@ -109,9 +122,13 @@ def _trained(folder: Path) -> dict | None:
         return None
     record = json.loads(path.read_text())
     identity = record["identity"]
+    lines = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
+    scores = {line["step"]: line["score"] for line in lines if "score" in line}
     return {
         "seed": identity["seed"],
         "max_steps": identity["max_steps"],
+        # The model that stays is the best by the validation split: on that split, figures are a little too good.
+        "kept_step": min(scores, key=scores.get) if scores else None,
         **{name: record[name] for name in ("commit", "command", "versions", "threads")},
     }
 

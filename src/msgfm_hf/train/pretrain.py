@@ -34,7 +34,6 @@ from msgfm_hf.model.modeling_msgfm import MsGFMForPreTraining, count_parameters,
 from msgfm_hf.model.sensors import get_sensor
 from msgfm_hf.tasks.reconstruction import evaluate_reconstruction, masked_crops, training_statistics
 from msgfm_hf.train.checkpoint import (
-    CheckpointError,
     checkpoint_errors,
     load_checkpoint,
     newest_checkpoint,
@@ -69,7 +68,8 @@ def make_missing_data(recipe: Recipe):
         from msgfm_hf.data.synthetic import make_synthetic_shards
 
         print(f"Making synthetic scenes in {out} (they are for learning the ropes, never a result).")
-        make_synthetic_shards(out, seed=recipe.seed)
+        # Whatever the run's seed: runs with several seeds are of the same data.
+        make_synthetic_shards(out)
     else:
         from msgfm_hf.data.sample import make_sample_shards
 
@@ -128,7 +128,16 @@ class Mixture:
 
     def fingerprint(self) -> dict:
         """What a resumed run must find again."""
-        return {source.name: {"rows": len(source), "sensors": sorted(source.sensors)} for source in self.sources}
+        return {
+            source.name: {
+                "rows": [rows for _, _, _, rows in source.row_groups],
+                "bands": source.bands,
+                "units": source.units,
+                "dtypes": source.dtypes,
+                "levels": source.levels,
+            }
+            for source in self.sources
+        }
 
 
 class Interrupt:
@@ -207,7 +216,7 @@ class _Run:
         self.optimizer = build_optimizer(
             self.model, recipe, [source.sensors for source in mixture.sources], mixture.weights
         )
-        self.made_by = _made_by(recipe, mixture, world, self.max_steps)
+        self.made_by = _made_by(recipe, mixture, world, self.max_steps, self.accelerator.mixed_precision)
 
         self.step, self.best, self.bad = 0, None, []
         if checkpoint is not None:
@@ -248,7 +257,7 @@ class _Run:
     def _open_folder(self):
         with checkpoint_errors(self.run_dir):
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            write_text(self.run_dir / "run.json", json.dumps(self.made_by, indent=2))
+            self._write_record()
             _cut_metrics(self.run_dir / "metrics.jsonl", self.step)
         sensor = next(iter(self.config.inputs))
         counts = count_parameters(self.model, inputs=[sensor], targets=[sensor])
@@ -256,8 +265,25 @@ class _Run:
         print(
             f"{self.recipe.name}: {', '.join(parts)} per step, {self.epoch} steps per epoch, {self.max_steps} steps in "
             f"all; {counts.total:,} parameters, {counts.active:,} of them for {sensor} -> {sensor}; "
-            f"{self.accelerator.device.type}, {'float32' if self.accelerator.mixed_precision == 'no' else 'bf16'}."
+            f"{self.accelerator.device.type}, {'float32' if self.accelerator.mixed_precision == 'no' else 'bf16'}; "
+            f"learning rate {self.recipe.learning_rate:g}, {self.recipe.lr_scheduler_type}."
         )
+
+    def _write_record(self):
+        """`run.json`: what made the run, and under `resumed` what went on with it from which step."""
+        record = self.made_by
+        if self.step:
+            record = json.loads((self.run_dir / "run.json").read_text())
+            if self.finished:
+                return
+            if record["threads"] != self.made_by["threads"]:
+                print(
+                    f"This run had {record['threads']} threads before and has {self.made_by['threads']} now: sums "
+                    "round differently, so it goes on exactly only in their last digits."
+                )
+            again = {name: self.made_by[name] for name in ("versions", "commit", "command", "threads")}
+            record["resumed"] = [*record.get("resumed", []), {"step": self.step, **again}]
+        write_text(self.run_dir / "run.json", json.dumps(record, indent=2))
 
     def _loader(self) -> DataLoader:
         recipe, mixture = self.recipe, self.mixture
@@ -476,11 +502,11 @@ _FREE_FIELDS = (
 )
 
 
-def _made_by(recipe: Recipe, mixture: Mixture, world: int, max_steps: int) -> dict:
+def _made_by(recipe: Recipe, mixture: Mixture, world: int, max_steps: int, precision: str) -> dict:
     """What made a run: `identity` must be the same to resume it, the rest is for the record."""
     fields = dataclasses.asdict(recipe)
     identity = {name: value for name, value in fields.items() if name not in _FREE_FIELDS}
-    identity.update(max_steps=max_steps, world_size=world, sources=mixture.fingerprint())
+    identity.update(max_steps=max_steps, world_size=world, mixed_precision=precision, sources=mixture.fingerprint())
     packages = ("torch", "transformers", "accelerate")
     return {
         "identity": identity,
@@ -494,17 +520,17 @@ def _made_by(recipe: Recipe, mixture: Mixture, world: int, max_steps: int) -> di
 
 def source_commit() -> str | None:
     """The commit of the checkout this code is in, with a + where it has uncommitted changes; `None` from a wheel."""
-    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        found = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        # An installed copy may lie inside somebody else's repository.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip()
 
 
 def _cut_metrics(path: Path, step: int):
@@ -579,7 +605,7 @@ def main(argv: list[str] | None = None):
     arguments = parser.parse_args(argv)
     try:
         pretrain(recipe_from_arguments(arguments), resume=arguments.resume)
-    except (ValueError, CheckpointError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
         parser.exit(1, f"pretrain.py: {error}\n")
 
 

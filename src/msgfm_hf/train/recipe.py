@@ -79,7 +79,7 @@ class Recipe:
     mixed_precision: str = _option("auto", "bf16, no, or auto: bf16 where the machine computes in it")
     seed: int = _option(0, "seed of weights, order, crops, masks and crossings")
     dataloader_num_workers: int = _option(0, "processes that read data")
-    max_bad: int = _option(16, "damaged rows to skip, listed and counted, before the run stops")
+    max_bad: int = _option(64, "damaged rows to skip and list before the run stops; a damaged page costs 16")
     logging_steps: int = _option(10, "steps between lines of metrics.jsonl")
     eval_steps: int = _option(200, "steps between evaluations on the validation split")
     save_steps: int = _option(200, "steps between checkpoints")
@@ -110,14 +110,25 @@ class Recipe:
             "save_total_limit",
             "eval_max_crops",
             "learning_rate",
+            "adam_epsilon",
+            "max_grad_norm",
+            "lr_gamma",
         ):
-            need(getattr(self, name) > 0, name, "be above 0")
+            need(0 < getattr(self, name) < math.inf, name, "be above 0 and finite")
+        for name in ("adam_beta1", "adam_beta2"):
+            need(0 <= getattr(self, name) < 1, name, "be at least 0 and below 1")
         for name in ("warmup_steps", "weight_decay", "dataloader_num_workers", "max_bad", "seed", "num_train_epochs"):
-            need(getattr(self, name) >= 0, name, "not be negative")
+            need(0 <= getattr(self, name) < math.inf, name, "be 0 or more, and finite")
+        need(self.seed < 2**32, "seed", "be below 2 ** 32")
+        need(self.name, "name", "not be empty")
         need(self.max_steps == -1 or self.max_steps > 0, "max_steps", "be above 0, or -1 for `num_train_epochs`")
         need(all(0 < share < 1 for share in self.lr_milestones), "lr_milestones", "be shares of the run, within 0..1")
         need(all(size > 0 for size in self.batch_sizes.values()), "batch_sizes", "be above 0 for every source")
         need(not {"sensors", "inputs"} & set(self.model), "model", "leave `sensors` and `inputs` to the data")
+        fields = {entry.name for entry in dataclasses.fields(MsGFMConfig)}
+        for name in self.model:
+            near = difflib.get_close_matches(name, fields, n=1)
+            need(name in fields, "model", f"name fields of MsGFMConfig{f' (`{near[0]}`?)' if near else ''}")
         need(self.data, "data", "name at least one folder of shards")
 
     @property
@@ -209,7 +220,7 @@ def build_recipe(entries: dict) -> Recipe:
             raise ValueError(f"`{name}` must be a {wanted.__name__}, got {value!r}. Correct the recipe or the option.")
         for kind, members in zip(typing.get_args(types_of[name]), _columns(value), strict=False):
             for member in members:
-                if not isinstance(member, (int, float) if kind is float else kind):
+                if isinstance(member, bool) or not isinstance(member, (int, float) if kind is float else kind):
                     raise ValueError(
                         f"`{name}` must hold a {kind.__name__}, got {member!r} in {value!r}. Correct the recipe or the "
                         "option."
@@ -232,7 +243,8 @@ def add_recipe_arguments(parser: argparse.ArgumentParser):
         if entry.name == "data":
             group.add_argument("--data", action="append", **{**option, "metavar": "DIR"})
         else:
-            group.add_argument(f"--{entry.name}", f"--{entry.name.replace('_', '-')}", type=_value(entry), **option)
+            names = dict.fromkeys((f"--{entry.name}", f"--{entry.name.replace('_', '-')}"))
+            group.add_argument(*names, type=_value(entry), **option)
 
 
 def _value(entry):
@@ -252,6 +264,6 @@ def recipe_from_arguments(arguments: argparse.Namespace) -> Recipe:
     fields = {entry.name for entry in dataclasses.fields(Recipe)}
     given = {name: value for name, value in vars(arguments).items() if name in fields}
     if "data" in given:
-        # Folders given by hand are the mixture: nothing is made, and the recipe's sub-batches do not fit their names.
-        given = {"make_data": "none", "batch_sizes": {}, **given}
+        # Folders given by hand are the mixture: nothing is made, and the recipe's name and sub-batches do not fit.
+        given = {"make_data": "none", "batch_sizes": {}, "name": "run", **given}
     return load_recipe(arguments.recipe, given)
