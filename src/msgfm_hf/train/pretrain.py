@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from importlib import metadata
 from pathlib import Path
 
@@ -130,7 +131,9 @@ class Mixture:
         """What a resumed run must find again."""
         return {
             source.name: {
-                "rows": [rows for _, _, _, rows in source.row_groups],
+                "rows": len(source),
+                # How they are grouped decides the order in which they come.
+                "row_groups": zlib.crc32(repr([rows for _, _, _, rows in source.row_groups]).encode()),
                 "bands": source.bands,
                 "units": source.units,
                 "dtypes": source.dtypes,
@@ -271,9 +274,9 @@ class _Run:
 
     def _write_record(self):
         """`run.json`: what made the run, and under `resumed` what went on with it from which step."""
-        record = self.made_by
-        if self.step:
-            record = json.loads((self.run_dir / "run.json").read_text())
+        record, path = self.made_by, self.run_dir / "run.json"
+        if self.step and path.is_file():
+            record = json.loads(path.read_text())
             if self.finished:
                 return
             if record["threads"] != self.made_by["threads"]:
@@ -283,7 +286,7 @@ class _Run:
                 )
             again = {name: self.made_by[name] for name in ("versions", "commit", "command", "threads")}
             record["resumed"] = [*record.get("resumed", []), {"step": self.step, **again}]
-        write_text(self.run_dir / "run.json", json.dumps(record, indent=2))
+        write_text(path, json.dumps(record, indent=2))
 
     def _loader(self) -> DataLoader:
         recipe, mixture = self.recipe, self.mixture
