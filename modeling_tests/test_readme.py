@@ -1,5 +1,6 @@
 """The README keeps its word: its snippets run, and what its map names exists."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -7,7 +8,6 @@ import pytest
 
 import msgfm_hf
 from msgfm_hf.model.sensors import SENSORS
-from msgfm_hf.train.recipe import recipe_names
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -47,19 +47,21 @@ def test_snippets_run_one_after_the_other(name, code, namespace, monkeypatch, ca
         assert "skysat" in namespace["model"].config.sensors and "skysat" in namespace["processor"].sensors
 
 
+def defined(file):
+    """Names of the functions and classes at the top of a file."""
+    tops = (ast.FunctionDef, ast.ClassDef)
+    return {node.name for node in ast.parse(file.read_text()).body if isinstance(node, tops)}
+
+
 def test_the_papers_map_names_code_and_tests_that_exist():
-    rows = [line for line in README.splitlines() if line.startswith("|") and "test_" in line]
+    """Equation, table or section -> function or recipe -> test, each where the row says it is."""
+    rows = [line for line in README.splitlines() if line.startswith("|") and "::test_" in line]
     assert len(rows) >= 10
     for row in rows:
-        _, paper, code, tests, _ = row.split("|")
-        for test in re.findall(r"`(test_\w+\.py)`", tests):
-            assert (ROOT / "modeling_tests" / test).exists(), test
-        sources = "".join(path.read_text() for path in (ROOT / "src").rglob("*.py")) + " ".join(recipe_names())
-        for name in re.findall(r"`([\w./]+?)`", code):
-            known = (ROOT / "src/msgfm_hf" / name).exists() or re.search(rf"\b{re.escape(name)}\b", sources)
-            assert known, f"{paper.strip()}: {name}"
-
-
-def test_files_the_readme_mentions_exist():
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
+        _, _, code, tests, _ = row.split("|")
+        for column, folder in ((code, "src/msgfm_hf"), (tests, "modeling_tests")):
+            places = re.findall(r"`([\w./]+?)(?:::(\w+))?`", column)
+            assert places, row
+            for file, name in places:
+                assert (ROOT / folder / file).is_file(), file
+                assert not name or name in defined(ROOT / folder / file), f"{file}::{name}"
