@@ -293,3 +293,22 @@ def test_evaluation_crops_are_fixed_and_say_where_they_are(tmp_path):
         corner = number * 1000 + top * 24 + left
         assert sample["images"]["dsm"]["pixels"][0, 0, 0] == corner
         assert sample["images"]["dsm"]["pixels"][0, -1, -1] == corner + 7 * 24 + 7
+
+
+def test_a_few_crops_are_spread_evenly_and_only_their_row_groups_are_read(tmp_path, monkeypatch):
+    source = make_source(tmp_path, rows=100, split="val")
+    read, calls = ShardSource._read, []
+
+    def counting(self, file, group, *arguments, **options):
+        calls.append(group)
+        return read(self, file, group, *arguments, **options)
+
+    monkeypatch.setattr(ShardSource, "_read", counting)
+    few = EvaluationCrops(source, SIZE, max_crops=3)
+    assert [number for number, _, _ in few.ids] == [0, 50, 99]
+    assert len(set(calls)) == 3 < len(source.row_groups)
+    # A crop has the number by which masks are drawn, however few others there are.
+    every = EvaluationCrops(source, SIZE)
+    position = {crop: every[index]["position"] for index, crop in enumerate(every.ids)}
+    assert len(set(position.values())) == len(every)
+    assert [few[index]["position"] for index in range(3)] == [position[crop] for crop in few.ids]

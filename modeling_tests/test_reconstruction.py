@@ -197,9 +197,9 @@ def test_the_list_of_crops_is_made_once(folder, processor, monkeypatch):
     # It reads the metadata of every row: of a large source that takes longer than the pixels that are used.
     read, calls = ShardSource.read_metadata, []
 
-    def counting(source):
+    def counting(source, indices):
         calls.append(source)
-        return read(source)
+        return read(source, indices)
 
     monkeypatch.setattr(ShardSource, "read_metadata", counting)
     training_statistics(ShardSource(folder, "train"), processor, SIZE)

@@ -7,6 +7,7 @@ and a run resumes at any step without a row lost or repeated.
 
 import math
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 from torch.utils.data import Dataset, Sampler
@@ -184,33 +185,46 @@ class EvaluationCrops(Dataset):
     Args:
         source (`ShardSource`): the source.
         image_size (`int`): the side of the crops in pixels.
+        max_crops (`int`, *optional*): at most this many, spread evenly over the source and not its first rows.
     """
 
-    def __init__(self, source: ShardSource, image_size: int):
+    def __init__(self, source: ShardSource, image_size: int, max_crops: int | None = None):
         self.source, self.image_size = source, image_size
-        self.ids = [
-            (number, top, left)
-            for number, row in enumerate(source.read_metadata())
-            for top, left in grid_crops(*row["images"][source.sensors[0]]["shape"][1:], image_size)
-        ]
+        # A source of millions of rows is not read through for a few crops.
+        rows = _spread(range(len(source)), max_crops)
+        self.ids = _spread(
+            [
+                (number, top, left)
+                for number, row in zip(rows, source.read_metadata(rows), strict=True)
+                for top, left in grid_crops(*row["images"][source.sensors[0]]["shape"][1:], image_size)
+            ],
+            max_crops,
+        )
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict:
-        """As `MixtureDataset`, with `source` 0, `position` the crop's number and `id` (row, top, left)."""
+        """As `MixtureDataset`, with `source` 0, `position` a number of this crop alone and `id` (row, top, left)."""
         number, top, left = self.ids[index]
         row = self.source.read(number, verify=True)
         _shared_size(row, self.source.path)
         return {
             "source": 0,
-            "position": index,
+            "position": (number << 40) + (top << 20) + left,
             "id": (number, top, left),
             "key": row["key"],
             "group_id": row["group_id"],
             "images": {sensor: crop(image, top, left, self.image_size) for sensor, image in row["images"].items()},
             "bad": [],
         }
+
+
+def _spread(members: Sequence, count: int | None) -> Sequence:
+    """At most so many members, evenly spaced, the first and the last among them."""
+    if count is None or len(members) <= count:
+        return members
+    return [members[number] for number in np.linspace(0, len(members) - 1, count).round().astype(int)]
 
 
 def grid_crops(height: int, width: int, image_size: int) -> list[tuple[int, int]]:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -489,20 +490,26 @@ class ShardSource:
         row["target"] = None if target is None else _decode(pixels["target"], target, "target", where)
         return row
 
-    def read_metadata(self) -> list[dict]:
-        """Every row without its pixels: `key`, `group_id`, `pair_id`, `bounds`, `labels` and `images`, which maps each
+    def read_metadata(self, indices: Sequence[int] | None = None) -> list[dict]:
+        """Rows without their pixels: `key`, `group_id`, `pair_id`, `bounds`, `labels` and `images`, which maps each
         sensor to its `encoding, dtype, shape, bands, gsd, crs, transform, nodata, scale, offset, units, datetime`.
+
+        Args:
+            indices (`Sequence[int]`, *optional*): ascending row numbers; only their row groups are read. Default all.
 
         Raises:
             CorruptShardError: naming the file and the rows.
         """
-        rows = []
-        for file, group, first, count in self.row_groups:
+        wanted = range(len(self)) if indices is None else indices
+        groups = sorted({int(number) for number in np.searchsorted(self._starts, wanted, side="right") - 1})
+        rows = {}
+        for file, group, first, count in (self.row_groups[number] for number in groups):
             names = [*_ROW_COLUMNS, *(f"{sensor}_meta" for sensor in self.sensors)]
-            for stored in self._read(file, group, names, f"rows {first} to {first + count - 1}")[0]:
+            found = self._read(file, group, names, f"rows {first} to {first + count - 1}")[0]
+            for number, stored in enumerate(found, first):
                 row = {name: stored[name] for name in _ROW_COLUMNS}
-                rows.append(row | {"images": {sensor: stored[f"{sensor}_meta"] for sensor in self.sensors}})
-        return rows
+                rows[number] = row | {"images": {sensor: stored[f"{sensor}_meta"] for sensor in self.sensors}}
+        return [rows[number] for number in wanted]
 
     def _forget(self):
         self._handles: dict = {}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader
 
 from msgfm_hf.data.batch import collate, normalise, rotations, sample_masks
 from msgfm_hf.data.mixture import EvaluationCrops
@@ -48,7 +48,7 @@ def training_statistics(
         ValueError: if no pixel is valid in all sensors of the source.
     """
     pixels: dict[str, list[torch.Tensor]] = defaultdict(list)
-    crops = _spread(EvaluationCrops(source, image_size), max_crops)
+    crops = EvaluationCrops(source, image_size, max_crops)
     share = _FIT_PIXELS / (len(crops) * image_size**2)
     for index in range(len(crops)):
         try:
@@ -140,7 +140,7 @@ def masked_crops(
 ) -> Iterator[MaskedCrops]:
     """The crops of a source with masks that depend on the seed and the crop alone."""
     config, device = model.config, model.device
-    crops = _spread(EvaluationCrops(source, config.image_size), max_crops)
+    crops = EvaluationCrops(source, config.image_size, max_crops)
     for part, pixel_values, valid_mask in _normalised(crops, source, processor, batch_size, device):
         masks = {
             sensor: sample_masks(
@@ -151,14 +151,7 @@ def masked_crops(
         yield MaskedCrops(part["group_ids"], part["keys"], pixel_values, valid_mask, masks, config.patch_size)
 
 
-def _spread(crops: EvaluationCrops, max_crops: int | None) -> Dataset:
-    """At most so many crops, from the whole source and not its first rows."""
-    if max_crops is None or len(crops) <= max_crops:
-        return crops
-    return Subset(crops, np.linspace(0, len(crops) - 1, max_crops).round().astype(int).tolist())
-
-
-def _normalised(crops: Dataset, source, processor, batch_size: int, device: torch.device):
+def _normalised(crops: EvaluationCrops, source, processor, batch_size: int, device: torch.device):
     # A generator of its own: a loader draws a seed when it starts, which must not shift the caller's.
     for batch in DataLoader(crops, batch_size=batch_size, collate_fn=collate, generator=torch.Generator()):
         part = batch["sources"][0]
