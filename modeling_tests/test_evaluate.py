@@ -273,7 +273,7 @@ def test_damage_in_what_is_evaluated_is_an_error(data, models, tmp_path):
 
 
 def test_a_report_says_which_model_was_kept(report, data, models, tmp_path):
-    assert report["trained"][0]["kept_step"] is None
+    assert report["trained"][0]["step"] is None
     shutil.copytree(models[0], tmp_path / "run")
     lines = [
         {"step": 10, "score": 0.9},
@@ -282,5 +282,9 @@ def test_a_report_says_which_model_was_kept(report, data, models, tmp_path):
         {"step": 30, "score": 1},
     ]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (trained,) = evaluate_models([tmp_path / "run"], [data], mask_seeds=1, max_crops=1)["trained"]
-    assert trained["kept_step"] == 20
+    checkpoint = shutil.copytree(models[0], tmp_path / "run" / "checkpoints" / "step-00000030")
+    (checkpoint / "run.json").unlink()
+    (checkpoint / "state.json").write_text('{"step": 30}')
+    trained = evaluate_models([tmp_path / "run", checkpoint], [data], mask_seeds=1, max_crops=1)["trained"]
+    assert [(made["step"], made["chosen_by_validation"]) for made in trained] == [(20, True), (30, False)]
+    assert [made["seed"] for made in trained] == [7, 7]

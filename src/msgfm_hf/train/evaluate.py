@@ -116,19 +116,25 @@ def evaluate_models(
 
 
 def _trained(folder: Path) -> dict | None:
-    """What made a model, from the run's own record."""
-    path = folder / "run.json"
-    if not path.is_file():
+    """What made a model, or the checkpoint of one, from the run's own record."""
+    is_checkpoint = (folder / "state.json").is_file()
+    run = folder.resolve().parents[1] if is_checkpoint else folder
+    if not (run / "run.json").is_file():
         return None
-    record = json.loads(path.read_text())
+    record = json.loads((run / "run.json").read_text())
     identity = record["identity"]
-    lines = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
-    scores = {line["step"]: line["score"] for line in lines if "score" in line}
+    if is_checkpoint:
+        step = json.loads((folder / "state.json").read_text())["step"]
+    else:
+        lines = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
+        scores = {line["step"]: line["score"] for line in lines if "score" in line}
+        step = min(scores, key=scores.get) if scores else None
     return {
         "seed": identity["seed"],
         "max_steps": identity["max_steps"],
-        # The model that stays is the best by the validation split: on that split, figures are a little too good.
-        "kept_step": min(scores, key=scores.get) if scores else None,
+        "step": step,
+        # A run keeps its best model by the validation split: on that split, its figures are a little too good.
+        "chosen_by_validation": not is_checkpoint,
         **{name: record[name] for name in ("commit", "command", "versions", "threads")},
     }
 
