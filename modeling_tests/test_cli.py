@@ -99,7 +99,10 @@ def test_help_names_every_command_with_examples(msgfm):
         ("shards sample", ["--root", "--out", "--overwrite", "MSGFM_SAMPLE_DATA", "splits.csv"]),
         ("shards synthetic", ["--out", "--seed", "never a result"]),
         ("inspect", ["--verify", "--contact-sheet", "--no-contact-sheet"]),
-        ("evaluate", ["--model", "--data", "--split", "--mask_seeds", "--max_crops", "--out"]),
+        (
+            "evaluate",
+            ["--model", "--data", "--split", "--mask_ratio", "--mask_seeds", "--max_crops", "--picture"],
+        ),
         ("pretrain", ["--recipe", "--resume", "--data", "--max_steps", "examples:"]),
     ],
 )
@@ -223,9 +226,10 @@ def test_inspect_of_nothing_is_one_line(msgfm, tmp_path):
 
 def test_evaluate_prints_a_table_and_writes_what_made_it(msgfm, shards, models, tmp_path):
     words = ["evaluate", "--model", models[0], "--model", models[1], "--data", shards / "harbour"]
-    words += ["--mask_seeds", "2", "--out", tmp_path / "new" / "report.json"]
+    words += ["--mask_seeds", "2", "--out", tmp_path / "new" / "report.json", "--picture", tmp_path / "p.png"]
     code, said, _ = msgfm(*words)
     assert code == 0
+    assert f"Picture: {tmp_path / 'p.png'}" in said and (tmp_path / "p.png").is_file()
     assert "| harbour | rgb → rgb | 3 | 3 | **" in said
     report = json.loads((tmp_path / "new" / "report.json").read_text())
     assert report["command"].split()[:4] == ["msgfm", "evaluate", "--model", models[0]]

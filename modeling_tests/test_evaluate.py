@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from msgfm_hf.data.shards import CorruptShardError, ShardImage, ShardRow, ShardSource, ShardWriter
 from msgfm_hf.model.configuration_msgfm import MsGFMConfig
@@ -16,7 +17,7 @@ from msgfm_hf.model.image_processing_msgfm import MsGFMImageProcessor
 from msgfm_hf.model.modeling_msgfm import MsGFMForPreTraining
 from msgfm_hf.tasks.reconstruction import evaluate_reconstruction, training_statistics
 from msgfm_hf.train.checkpoint import CheckpointError
-from msgfm_hf.train.evaluate import evaluate_models, format_report, write_report
+from msgfm_hf.train.evaluate import draw_model, evaluate_models, format_report, write_report
 
 SIZE = 24
 WAYS = [("dsm", "dsm"), ("rgb", "rgb"), ("dsm", "rgb"), ("rgb", "dsm")]
@@ -72,7 +73,7 @@ def models(tmp_path_factory):
         "command": "pretrain.py --seed 7",
         "versions": {"torch": "2"},
         "threads": 1,
-        "recipe": {},
+        "recipe": {"cross_loss_region": "all"},
     }
     (folder / "seed0" / "run.json").write_text(json.dumps(record))
     return [folder / f"seed{seed}" for seed in range(3)]
@@ -243,6 +244,16 @@ def test_a_model_without_the_sensors_of_the_data_is_refused(data, tmp_path):
 def test_counts_below_one_are_refused(data, models, name, value):
     with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
         evaluate_models(models[:1], [data / "pairs"], **{"mask_seeds": 1, name: value})
+
+
+def test_the_picture_of_a_model_has_a_row_per_direction(data, models, tmp_path):
+    path = draw_model(models[0], [data], tmp_path / "new" / "picture.png")
+    with Image.open(path) as picture:
+        picture.load()
+        assert picture.format == "PNG" and picture.height > 100 * len(WAYS)
+    assert [file.name for file in path.parent.iterdir()] == ["picture.png"]
+    with pytest.raises(ValueError, match="`data` must hold a source with the splits 'train' and 'night'"):
+        draw_model(models[0], [data], tmp_path / "none.png", split="night")
 
 
 def test_two_sources_of_one_name_are_refused(data, models):

@@ -89,11 +89,12 @@ def _evaluate(parser: argparse.ArgumentParser):
     parser.add_argument("--mask_seeds", type=int, default=8, help="how often each crop is masked anew (default 8)")
     parser.add_argument("--max_crops", type=int, help="at most this many crops per source (default all)")
     parser.add_argument("--out", help="also write the report as JSON, by place and with what made it")
+    parser.add_argument("--picture", metavar="PNG", help="also draw the first model's median and worst crops")
     parser.set_defaults(run=_run_evaluate)
 
 
 def _run_evaluate(arguments):
-    from msgfm_hf.train.evaluate import evaluate_models, format_report, write_report
+    from msgfm_hf.train.evaluate import draw_model, evaluate_models, format_report, write_report
 
     report = evaluate_models(
         arguments.model,
@@ -108,6 +109,11 @@ def _run_evaluate(arguments):
     if arguments.out:
         write_report(report, Path(arguments.out))
         print(f"\nWritten: {arguments.out}")
+    if arguments.picture:
+        first = arguments.model[0]
+        print(
+            f"\nPicture: {draw_model(first, arguments.data, arguments.picture, arguments.split, arguments.mask_ratio)}"
+        )
 
 
 # What only one command needs is imported inside it: `msgfm inspect` has no use for accelerate.

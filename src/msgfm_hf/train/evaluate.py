@@ -11,9 +11,9 @@ from tqdm.auto import tqdm
 from msgfm_hf.data.shards import ShardSource, find_sources, shard_splits
 from msgfm_hf.model.image_processing_msgfm import MsGFMImageProcessor
 from msgfm_hf.model.modeling_msgfm import MsGFMForPreTraining
-from msgfm_hf.tasks.reconstruction import evaluate_reconstruction, training_statistics
+from msgfm_hf.tasks.reconstruction import evaluate_reconstruction, masked_crops, training_statistics
 from msgfm_hf.train.checkpoint import write_text
-from msgfm_hf.train.pictures import read_metrics
+from msgfm_hf.train.pictures import draw_reconstruction, read_metrics
 from msgfm_hf.train.pretrain import source_commit
 
 # Values of a row that are not an error of some method.
@@ -56,16 +56,7 @@ def evaluate_models(
             raise ValueError(
                 f"`model` must be the folder of a pretrained model, got {str(path)!r}. Pretraining writes one."
             )
-    folders = [folder for path in data for folder in find_sources(path)]
-    folders = [folder for folder in folders if {split, "train"} <= set(shard_splits(folder))]
-    if not folders:
-        raise ValueError(
-            f"`data` must hold a source with the splits 'train' and {split!r}, got {[str(path) for path in data]}. "
-            "Baselines are fitted on the training places. Look with `msgfm inspect`."
-        )
-    names = [Path(folder).name for folder in folders]
-    if len(set(names)) < len(names):
-        raise ValueError(f"`data` must hold each source once, got {', '.join(sorted(names))}. Leave one out.")
+    folders = _folders(data, split)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     first = None
     found: dict[tuple[str, str, str], list[list[dict]]] = {}
@@ -115,18 +106,60 @@ def evaluate_models(
     }
 
 
+def draw_model(
+    model: str | Path, data: Sequence[str | Path], path: str | Path, split: str = "val", mask_ratio: float = 0.6
+) -> Path:
+    """Draw what a model makes of the crops it is evaluated on: the median and the worst of every direction.
+
+    Args:
+        model, data, split, mask_ratio: as of `evaluate_models`; masks are those of its first mask seed, crops at most
+            64 per source.
+        path: the picture, a PNG. A crossing is shown where the run's loss counted, which its `run.json` says.
+
+    Raises:
+        ValueError: if no source can be evaluated.
+    """
+    made_by, device = _record(Path(model)), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    region = made_by["recipe"]["cross_loss_region"] if made_by else "masked"
+    network = MsGFMForPreTraining.from_pretrained(model).to(device).eval()
+    processor = MsGFMImageProcessor.from_pretrained(model)
+    sources = [ShardSource(folder, split) for folder in _folders(data, split)]
+    crops = {source.name: list(masked_crops(source, processor, network, mask_ratio, 0, 64, 16)) for source in sources}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return draw_reconstruction(network, processor, sources, crops, region, Path(path))
+
+
+def _folders(data: Sequence[str | Path], split: str) -> list[str]:
+    """The sources that can be evaluated on a split."""
+    folders = [folder for path in data for folder in find_sources(path)]
+    folders = [folder for folder in folders if {split, "train"} <= set(shard_splits(folder))]
+    if not folders:
+        raise ValueError(
+            f"`data` must hold a source with the splits 'train' and {split!r}, got {[str(path) for path in data]}. "
+            "Baselines are fitted on the training places. Look with `msgfm inspect`."
+        )
+    names = [Path(folder).name for folder in folders]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`data` must hold each source once, got {', '.join(sorted(names))}. Leave one out.")
+    return folders
+
+
+def _record(folder: Path) -> dict | None:
+    """`run.json` of the run that a model, or the checkpoint of one, is of."""
+    run = folder.resolve().parents[1] if (folder / "state.json").is_file() else folder
+    return json.loads((run / "run.json").read_text()) if (run / "run.json").is_file() else None
+
+
 def _trained(folder: Path) -> dict | None:
     """What made a model, or the checkpoint of one, from the run's own record."""
-    is_checkpoint = (folder / "state.json").is_file()
-    run = folder.resolve().parents[1] if is_checkpoint else folder
-    if not (run / "run.json").is_file():
+    record, is_checkpoint = _record(folder), (folder / "state.json").is_file()
+    if record is None:
         return None
-    record = json.loads((run / "run.json").read_text())
     identity = record["identity"]
     if is_checkpoint:
         step = json.loads((folder / "state.json").read_text())["step"]
     else:
-        lines = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
+        lines = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
         scores = {line["step"]: line["score"] for line in lines if "score" in line}
         step = min(scores, key=scores.get) if scores else None
     return {

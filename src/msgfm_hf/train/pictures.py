@@ -147,11 +147,9 @@ def draw_reconstruction(
 
 
 def _locate(batches: list[MaskedCrops], pick: int) -> tuple[int, int]:
-    for number, batch in enumerate(batches):
-        if pick < len(batch.keys):
-            return number, int(pick)
-        pick -= len(batch.keys)
-    raise IndexError(pick)
+    starts = np.cumsum([0, *(len(batch.keys) for batch in batches)])
+    number = int(np.searchsorted(starts, pick, side="right")) - 1
+    return number, int(pick - starts[number])
 
 
 def _draw_one(axes, processor, source, batch, place, prediction, sensor, target, region, gsd, title):
