@@ -227,9 +227,7 @@ class _Run:
             self.step, self.best, self.bad = state["step"], state["best"], state["bad"]
         self.prepared, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.statistics = {
-            source.name: training_statistics(
-                source, self.processor, self.config.image_size, recipe.seed, recipe.eval_max_crops
-            )
+            source.name: training_statistics(source, self.processor, self.config.image_size)
             for source in mixture.sources
         }
         self.progress = tqdm(
