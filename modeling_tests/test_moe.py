@@ -5,19 +5,11 @@ import math
 import pytest
 import torch
 
+import tiny_models
 from msgfm_hf import MsGFMConfig, MsGFMForPreTraining, MsGFMModel, routing_statistics
 from msgfm_hf.model.objective import importance_load_loss
 
-TINY = {
-    "embed_dim": 8,
-    "depths": [2, 2],
-    "num_heads": [2, 2],
-    "window_size": 4,
-    "image_size": 32,
-    "mask_patch_size": 8,
-    "num_experts": 4,
-    "moe_blocks": [[], [1]],
-}
+TINY = {**tiny_models.TINY, "embed_dim": 8, "num_heads": [2, 2]}
 
 
 def sparse_block(skew=0.0, implementation="eager", **fields):
