@@ -1091,10 +1091,10 @@ class MsGFMModel(MsGFMPreTrainedModel):
 
         outputs: MsGFMEncoderOutput = self.encoder(torch.cat([part.hidden_states for part in parts]), grid, **kwargs)
         hidden_states = self.layernorm(outputs.last_hidden_state)
-        pooled = [
-            self._pool(features, part) for features, part in zip(hidden_states.split(batch_size), parts, strict=True)
-        ]
-        pooled = torch.cat(pooled)
+        pooled = None
+        if self.add_pooling_layer:
+            per_part = zip(hidden_states.split(batch_size), parts, strict=True)
+            pooled = torch.cat([self._pool(features, part) for features, part in per_part])
 
         def join(states: torch.Tensor, dim: int) -> torch.Tensor:
             """Slices side by side; zeros for a sensor that is absent, and for an image without a valid pixel."""
@@ -1112,7 +1112,7 @@ class MsGFMModel(MsGFMPreTrainedModel):
 
         return MsGFMModelOutput(
             last_hidden_state=join(hidden_states, -1),
-            pooler_output=join(pooled, -1) if self.add_pooling_layer else None,
+            pooler_output=None if pooled is None else join(pooled, -1),
             hidden_states=join_all(outputs.hidden_states, -1),
             attentions=outputs.attentions,
             reshaped_hidden_states=join_all(outputs.reshaped_hidden_states, 1),
