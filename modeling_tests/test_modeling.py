@@ -244,14 +244,15 @@ def test_what_sits_in_the_padding_changes_nothing(height, width, seed, training)
     torch.manual_seed(seed)
     model = tiny(capacity_factor=0.75).train(training)
     images = torch.randn(2, 3, height, width)
-    cut = modeling_msgfm.window_partition
+    pad, planted = F.pad, []
 
-    def cut_with_rubbish(hidden_states, window, shift):
-        batch_size, rows, columns, channels = hidden_states.shape
-        padded = 1000 * torch.randn(batch_size, rows + -rows % window, columns + -columns % window, channels)
-        padded = padded.to(hidden_states.dtype)
-        padded[:, :rows, :columns] = hidden_states
-        return cut(padded, window, shift)
+    def pad_with_rubbish(tokens, amounts, **kwargs):
+        padded = pad(tokens, amounts, **kwargs)
+        if tokens.ndim == 3 and amounts == (0, 0, 0, 1):
+            # The token that every place of the padding holds.
+            planted.append(1000 * torch.randn_like(padded[:, -1:]))
+            padded = torch.cat([tokens, planted[-1].to(tokens.dtype)], 1)
+        return padded
 
     def run():
         torch.manual_seed(seed)
@@ -260,11 +261,14 @@ def test_what_sits_in_the_padding_changes_nothing(height, width, seed, training)
 
     # Every draw of the rubbish would move the generator of the router's noise.
     noise = torch.randn(2 * math.ceil(height / 8) * math.ceil(width / 8), 4)
+    draw = torch.randn_like
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(modeling_msgfm.torch, "randn_like", lambda like: noise.to(like.dtype))
+        patch.setattr(torch, "randn_like", lambda like: noise if like.shape == noise.shape else draw(like))
         plain = run()
-        patch.setattr(modeling_msgfm, "window_partition", cut_with_rubbish)
+        patch.setattr(F, "pad", pad_with_rubbish)
         rubbish = run()
+    whole = all(math.ceil(size / 4) % 4 == 0 and math.ceil(size / 8) % 4 == 0 for size in (height, width))
+    assert bool(planted) is not whole
     torch.testing.assert_close(rubbish.last_hidden_state, plain.last_hidden_state, atol=1e-5, rtol=1e-5)
     assert torch.equal(rubbish.selected_experts[0], plain.selected_experts[0])
     torch.testing.assert_close(rubbish.aux_loss, plain.aux_loss, atol=1e-5, rtol=1e-5)

@@ -263,7 +263,7 @@ def test_experts_are_chosen_once_over_the_whole_mixed_batch():
     assert output.router_logits[0].shape == (140, 4) and output.selected_experts[0].shape == (140, 1)
     assert output.selected_experts[0].flatten().bincount(minlength=5)[:4].max() == 35
     assert [h.shape[0] for h in output.hidden_states] == [7, 7, 7]
-    assert set(routing_statistics(output, 4)) == {"rgb", "s1", "s2"}
+    assert set(routing_statistics(output, model.config)) == {"rgb", "s1", "s2"}
 
 
 def test_an_image_does_not_see_its_batch_mates_or_other_sources():

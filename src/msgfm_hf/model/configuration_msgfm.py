@@ -14,6 +14,16 @@ from .sensors import SENSORS, SensorSpec
 # Set from the fields below, stored in config.json for readers of it, and never trusted on the way back.
 _DERIVED = ("num_layers", "hidden_size", "stage_names")
 
+# Fields that choose by name; the first is the default.
+_CHOICES = {
+    "fusion": ("early", "late"),
+    "attention_score": ("dot", "cosine"),
+    "position_bias": ("table", "log_cpb"),
+    "norm_position": ("pre", "post"),
+    "router_type": ("linear", "cosine"),
+    "router_aux_loss_type": ("importance_load", "gshard"),
+}
+
 
 @strict
 class MsGFMConfig(BackboneConfigMixin, PreTrainedConfig):
@@ -36,8 +46,20 @@ class MsGFMConfig(BackboneConfigMixin, PreTrainedConfig):
         depths (`list[int]`, *optional*, defaults to `[2, 2, 18, 2]`): blocks per stage.
         num_heads (`list[int]`, *optional*, defaults to `[4, 8, 16, 32]`): attention heads per stage.
         window_size (`int`, *optional*, defaults to 6): side of an attention window in tokens.
+        pretrained_window_sizes (`list[int]`, *optional*, defaults to zeros):
+            With `position_bias="log_cpb"`, per stage the window the biases were learned with; 0 stands for
+            `window_size`.
         mlp_ratio (`float`, *optional*, defaults to 4.0): hidden width of an MLP or expert over its input width.
         qkv_bias (`bool`, *optional*, defaults to `True`): whether queries, keys and values have a bias.
+        attention_score (`str`, *optional*, defaults to `"dot"`):
+            What a query and a key are compared by: `dot`, scaled (Swin, Swin-MoE), or `cosine` with a learned scale and
+            no bias of keys (SwinV2).
+        position_bias (`str`, *optional*, defaults to `"table"`):
+            What relative positions add to that: a `table` (Swin), or `log_cpb`, a network of the log-spaced offset
+            (Swin-MoE; SwinV2, where with `cosine` 16 times its sigmoid is added).
+        norm_position (`str`, *optional*, defaults to `"pre"`):
+            Whether a block's branches and a merge are normalised before (`pre`: Swin, Swin-MoE) or after (`post`:
+            SwinV2).
         hidden_act (`str`, *optional*, defaults to `"gelu"`): activation of MLPs and experts.
         hidden_dropout_prob (`float`, *optional*, defaults to 0.0): dropout after the embedding and in dense MLPs.
         attention_probs_dropout_prob (`float`, *optional*, defaults to 0.0): dropout of attention weights.
@@ -46,6 +68,8 @@ class MsGFMConfig(BackboneConfigMixin, PreTrainedConfig):
             Per stage, the blocks (counted inside the stage) whose MLP is a mixture of experts.
         num_experts (`int`, *optional*, defaults to 8): experts per such block.
         num_experts_per_tok (`int`, *optional*, defaults to 1): experts that see a token.
+        router_type (`str`, *optional*, defaults to `"linear"`):
+            `linear`, or `cosine` between a token's projection and a vector per expert, over a learned temperature.
         router_noise (`float`, *optional*, defaults to 1.0):
             In training, Gaussian noise of standard deviation `router_noise / num_experts` on the router's logits.
         capacity_factor (`float`, *optional*, defaults to 1.25):
@@ -53,6 +77,8 @@ class MsGFMConfig(BackboneConfigMixin, PreTrainedConfig):
             tokens, the most confident first; the others pass by on the residual. `None`: no limit.
         eval_capacity_factor (`float`, *optional*):
             The same in evaluation. The default `None` drops nothing, so an image's output does not depend on its batch.
+        router_aux_loss_type (`str`, *optional*, defaults to `"importance_load"`):
+            The load-balancing loss: `importance_load` (Swin-MoE, V-MoE) or `gshard`.
         router_aux_loss_coef (`float`, *optional*, defaults to 0.01): weight of the load-balancing loss (lambda, 3.4).
         mask_patch_size (`int`, *optional*, defaults to 32): side of a masked cell in pixels.
         initializer_range (`float`, *optional*, defaults to 0.02): standard deviation of fresh linear weights.
@@ -80,8 +106,12 @@ class MsGFMConfig(BackboneConfigMixin, PreTrainedConfig):
     depths: list[int] | tuple[int, ...] = (2, 2, 18, 2)
     num_heads: list[int] | tuple[int, ...] = (4, 8, 16, 32)
     window_size: int = 6
+    pretrained_window_sizes: list[int] | tuple[int, ...] | None = None
     mlp_ratio: float | int = 4.0
     qkv_bias: bool = True
+    attention_score: str = "dot"
+    position_bias: str = "table"
+    norm_position: str = "pre"
     hidden_act: str = "gelu"
     hidden_dropout_prob: float | int = 0.0
     attention_probs_dropout_prob: float | int = 0.0
@@ -89,9 +119,11 @@ class MsGFMConfig(BackboneConfigMixin, PreTrainedConfig):
     moe_blocks: list[list[int]] | None = None
     num_experts: int = 8
     num_experts_per_tok: int = 1
+    router_type: str = "linear"
     router_noise: float | int = 1.0
     capacity_factor: float | int | None = 1.25
     eval_capacity_factor: float | int | None = None
+    router_aux_loss_type: str = "importance_load"
     router_aux_loss_coef: float | int = 0.01
     mask_patch_size: int = 32
     initializer_range: float = 0.02
@@ -121,6 +153,8 @@ class MsGFMConfig(BackboneConfigMixin, PreTrainedConfig):
             self.moe_blocks = [[] for _ in self.depths]
             if len(self.depths) > 2:
                 self.moe_blocks[2] = list(range(1, self.depths[2], 2))
+        if self.pretrained_window_sizes is None:
+            self.pretrained_window_sizes = [0] * len(self.depths)
         self.num_layers = len(self.depths)
         self.hidden_size = self.embed_dim * 2 ** (self.num_layers - 1)
         self.stage_names = ["stem"] + [f"stage{stage}" for stage in range(1, self.num_layers + 1)]
@@ -173,7 +207,9 @@ class MsGFMConfig(BackboneConfigMixin, PreTrainedConfig):
             need(bands, "inputs", "name the bands of every sensor", "For example {'s1': ['VV', 'VH']}.")
             # The canonical names, so that no reader of them has to know the aliases.
             self.inputs[sensor] = [band.name for band in self.sensor(sensor).select(bands)]
-        need(self.fusion in ("early", "late"), "fusion", "be 'early' or 'late'", "See the paper's appendix C.2.")
+        for field, choices in _CHOICES.items():
+            rule = "be " + " or ".join(repr(choice) for choice in choices)
+            need(getattr(self, field) in choices, field, rule, f"The default is {choices[0]!r}.")
         need(self.depths, "depths", "name at least one stage", "The paper has [2, 2, 18, 2].")
         need(all(depth > 0 for depth in self.depths), "depths", "be above 0 in every stage", "Leave the stage out.")
         for field in (
@@ -190,7 +226,7 @@ class MsGFMConfig(BackboneConfigMixin, PreTrainedConfig):
         for field in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             need(0 <= getattr(self, field) < 1, field, "be at least 0 and below 1", "0 turns it off.")
         need(self.hidden_act in ACT2FN, "hidden_act", "be an activation of Transformers", "The paper has 'gelu'.")
-        for field in ("num_heads", "moe_blocks"):
+        for field in ("num_heads", "moe_blocks", "pretrained_window_sizes"):
             need(
                 len(getattr(self, field)) == len(self.depths),
                 field,
@@ -208,6 +244,18 @@ class MsGFMConfig(BackboneConfigMixin, PreTrainedConfig):
         for stage, blocks in enumerate(self.moe_blocks):
             inside = all(0 <= block < self.depths[stage] for block in blocks)
             need(inside, "moe_blocks", f"count blocks inside their stage ({self.depths})", "The first block is 0.")
+        need(
+            all(window >= 0 for window in self.pretrained_window_sizes),
+            "pretrained_window_sizes",
+            "not be negative",
+            "0 stands for `window_size`.",
+        )
+        need(
+            not any(self.pretrained_window_sizes) or self.position_bias == "log_cpb",
+            "pretrained_window_sizes",
+            "be zeros where `position_bias` is 'table'",
+            "Only 'log_cpb' carries over to other windows.",
+        )
         need(
             self.num_experts_per_tok <= self.num_experts,
             "num_experts_per_tok",

@@ -14,6 +14,7 @@ width runs, the rim being padded out of sight of attention, experts and statisti
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
-from transformers.integrations.moe import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -33,13 +34,16 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_msgfm import MsGFMConfig
 from .masking import mask_to_pixels
-from .objective import importance_load_loss, masked_l1, predict_targets, pretraining_loss
+from .objective import gshard_loss, importance_load_loss, masked_l1, predict_targets, pretraining_loss
 from .sensors import SensorSpec
 
 logger = logging.get_logger(__name__)
 
 # A new band takes over a trained kernel only from a band this close to it.
 MAX_BAND_DISTANCE_NM = 60.0
+# Width of the cosine router's space, and what it first divides cosines by (Swin-MoE's settings).
+COSINE_ROUTER_DIM = 256
+COSINE_ROUTER_TEMPERATURE = 0.5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,57 +295,39 @@ class MsGFMEmbeddings(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def window_partition(hidden_states: torch.Tensor, window: int, shift: int) -> torch.Tensor:
-    """Cut a token map into windows.
+class Windows(NamedTuple):
+    """How a grid of tokens is cut into windows of M tokens, in row-major order, plain or shifted."""
 
-    The map is padded right and bottom to whole windows and, for shifted windows, rolled up and left by `shift`.
+    order: torch.Tensor  # int64 (windows * M,), which token of the grid lies there; h * w = padding
+    place: torch.Tensor  # int64 (h * w,), the inverse: where each token of the grid lies
+    visible: torch.Tensor | None  # bool (windows, M, M), [n, query, key]; None: every token sees all of its window
 
-    Args:
-        hidden_states: (B, h, w, D).
 
-    Returns:
-        (B * windows, M, D), windows in row-major order, M = window * window.
+def cut_windows(grid: tuple[int, int], window: int, shift: int, device: torch.device) -> Windows:
+    """Pad a grid (h, w) right and bottom to whole windows, roll it up and left by `shift`, and cut it.
+
+    A token does not see padding, nor what the roll brought from the other side of the grid. Padding sees itself, so
+    that no row of the attention is empty.
     """
-    batch_size, height, width, channels = hidden_states.shape
-    down, right = -height % window, -width % window
-    if down or right:
-        hidden_states = F.pad(hidden_states, (0, 0, 0, right, 0, down))
-    if shift:
-        hidden_states = torch.roll(hidden_states, (-shift, -shift), (1, 2))
-    rows, columns = (height + down) // window, (width + right) // window
-    hidden_states = hidden_states.view(batch_size, rows, window, columns, window, channels)
-    return hidden_states.transpose(2, 3).reshape(-1, window * window, channels)
-
-
-def window_reverse(windows: torch.Tensor, window: int, shift: int, grid: tuple[int, int]) -> torch.Tensor:
-    """The inverse of `window_partition`: (B * windows, M, D) -> (B, h, w, D), padding cut off."""
     height, width = grid
-    rows, columns = math.ceil(height / window), math.ceil(width / window)
-    hidden_states = windows.view(-1, rows, columns, window, window, windows.shape[-1]).transpose(2, 3)
-    hidden_states = hidden_states.reshape(-1, rows * window, columns * window, windows.shape[-1])
-    if shift:
-        hidden_states = torch.roll(hidden_states, (shift, shift), (1, 2))
-    return hidden_states[:, :height, :width]
+    rows, columns = height + -height % window, width + -width % window
 
+    def cut(plane: torch.Tensor) -> torch.Tensor:
+        plane = plane.view(rows // window, window, columns // window, window)
+        return plane.transpose(1, 2).reshape(-1, window * window)
 
-def window_visibility(grid: tuple[int, int], window: int, shift: int, device) -> torch.Tensor | None:
-    """Which token of a window sees which: not padding, and not what the roll brought from the other side of the map.
-
-    Returns:
-        bool (windows, M, M), [n, query, key], or `None` if all see all. Padding sees itself, so that no row is empty.
-    """
-    padded = [size + -size % window for size in grid]
-    if not shift and padded == list(grid):
-        return None
-    regions = []
-    for size, whole in zip(grid, padded, strict=True):
-        position = torch.arange(whole, device=device)
-        from_other_side = (position >= whole - shift) & (shift > 0)
-        is_padding = (position + shift) % whole >= size
-        regions.append(from_other_side.long() + 2 * is_padding.long())
-    region = regions[0][:, None] * 4 + regions[1][None, :]
-    region = window_partition(region[None, :, :, None], window, 0).squeeze(-1)
-    return region.unsqueeze(2) == region.unsqueeze(1)
+    tokens = torch.arange(height * width, device=device).view(height, width)
+    tokens = F.pad(tokens, (0, columns - width, 0, rows - height), value=height * width)
+    tokens = torch.roll(tokens, (-shift, -shift), (0, 1))
+    order = cut(tokens).flatten()
+    place = order.argsort(stable=True)[: height * width]
+    if not shift and (rows, columns) == (height, width):
+        return Windows(order, place, None)
+    wrapped_rows = torch.arange(rows, device=device) >= rows - shift
+    wrapped_columns = torch.arange(columns, device=device) >= columns - shift
+    region = 2 * wrapped_rows[:, None] + wrapped_columns[None, :] + 4 * (tokens == height * width)
+    region = cut(region)
+    return Windows(order, place, region.unsqueeze(2) == region.unsqueeze(1))
 
 
 def eager_attention_forward(
@@ -349,31 +335,53 @@ def eager_attention_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor,
     scaling: float,
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain attention: query, key, value (N, heads, M, d), additive mask -> (N, M, heads, d) and the weights."""
-    attention = torch.matmul(query * scaling, key.transpose(2, 3)) + attention_mask
-    attention = F.softmax(attention, dim=-1, dtype=torch.float32).to(query.dtype)
+    """Plain attention: query, key, value (N, heads, M, d) -> (N, M, heads, d) and the weights.
+
+    The additive mask (n, heads, M, M) is of the n windows of one image, or of any window, and serves all images.
+    """
+    scores = torch.matmul(query * scaling, key.transpose(2, 3))
+    scores = (scores.view(-1, *attention_mask.shape) + attention_mask).view(scores.shape)
+    attention = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     attention = F.dropout(attention, p=dropout, training=module.training)
     return torch.matmul(attention, value).transpose(1, 2), attention
 
 
 class MsGFMWindowAttention(nn.Module):
-    """Attention inside windows with a learned bias per relative position (Swin v1, arXiv 2103.14030)."""
+    """Attention inside windows, with a bias for the relative position of query and key.
 
-    def __init__(self, config: MsGFMConfig, dim: int, num_heads: int):
+    Scores are scaled dot products (Swin, arXiv 2103.14030) or cosines with a learned scale (SwinV2, arXiv 2111.09883);
+    the bias is a table, or a small network of the log-spaced offset, which carries over to other window sizes (SwinV2).
+    """
+
+    def __init__(self, config: MsGFMConfig, stage: int):
         super().__init__()
+        dim, num_heads = config.embed_dim * 2**stage, config.num_heads[stage]
         self.config = config
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
-        self.scaling = self.head_dim**-0.5
+        self.cosine = config.attention_score == "cosine"
+        self.scaling = 1.0 if self.cosine else self.head_dim**-0.5
         self.is_causal = False
-        self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias)
+        # A key's bias shifts all dot products of a query alike, which the softmax forgets; cosines it would change.
+        self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias and not self.cosine)
+        if self.cosine:
+            self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), math.log(10)))
+            self.q_bias = nn.Parameter(torch.zeros(dim)) if config.qkv_bias else None
+            self.v_bias = nn.Parameter(torch.zeros(dim)) if config.qkv_bias else None
         self.proj = nn.Linear(dim, dim)
-        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * config.window_size - 1) ** 2, num_heads))
+        if config.position_bias == "table":
+            self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * config.window_size - 1) ** 2, num_heads))
+        else:
+            self.continuous_position_bias_mlp = nn.Sequential(
+                nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, num_heads, bias=False)
+            )
+            self.coords_window = config.pretrained_window_sizes[stage] or config.window_size
+            self.register_buffer("relative_coords_table", self.make_relative_coords_table(), persistent=False)
         self.register_buffer("relative_position_index", self.make_relative_position_index(), persistent=False)
 
     def make_relative_position_index(self) -> torch.Tensor:
@@ -384,41 +392,54 @@ class MsGFMWindowAttention(nn.Module):
         down, right = y[:, None] - y[None, :] + window - 1, x[:, None] - x[None, :] + window - 1
         return (down * (2 * window - 1) + right).flatten()
 
+    def make_relative_coords_table(self) -> torch.Tensor:
+        """((2 window - 1)^2, 2) offsets (down, right), from -8 to 8 over the window of pretraining, on a log scale."""
+        window = self.config.window_size
+        # A window of one token has no offsets to scale.
+        offset = torch.arange(1 - window, window).float() * 8 / max(self.coords_window - 1, 1)
+        offset = offset.sign() * torch.log2(offset.abs() + 1) / math.log2(8)
+        return torch.stack(torch.meshgrid(offset, offset, indexing="ij"), -1).flatten(0, 1)
+
+    def position_bias(self) -> torch.Tensor:
+        """(1, heads, M, M), what is added to the scores."""
+        if self.config.position_bias == "table":
+            table = self.relative_position_bias_table
+        else:
+            table = self.continuous_position_bias_mlp(self.relative_coords_table)
+            table = 16 * torch.sigmoid(table) if self.cosine else table
+        side = self.config.window_size**2
+        return table.t().index_select(1, self.relative_position_index).view(1, self.num_heads, side, side)
+
     def forward(
         self, hidden_states: torch.Tensor, visible: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B * windows, M, D) and `window_visibility` -> the same shape, and attention (B * windows, heads, M, M)."""
+        """(B * windows, M, D) and `Windows.visible` -> the same shape, and attention (B * windows, heads, M, M)."""
         windows, tokens, dim = hidden_states.shape
-        query, key, value = (
-            self.qkv(hidden_states).view(windows, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        )
-        bias = self.relative_position_bias_table.t().index_select(1, self.relative_position_index)
-        bias = bias.view(1, self.num_heads, tokens, tokens).to(query.dtype)
+        qkv = self.qkv(hidden_states)
+        if self.cosine and self.q_bias is not None:
+            qkv = qkv + torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]).to(qkv.dtype)
+        query, key, value = qkv.view(windows, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.cosine:
+            scale = self.logit_scale.clamp(max=math.log(100)).exp()
+            query = F.normalize(query, dim=-1) * scale.to(query.dtype)
+            key = F.normalize(key, dim=-1)
+        mask = self.position_bias().to(query.dtype)
         if visible is not None:
-            # A window's place in the image decides its mask: with places and heads on one axis, the mask is
-            # broadcast over the batch instead of being copied for it.
-            places = visible.shape[0]
-            bias = bias.masked_fill(~visible.unsqueeze(1), torch.finfo(bias.dtype).min / 2)
-            bias = bias.view(1, places * self.num_heads, tokens, tokens)
-            shape = (windows // places, places * self.num_heads, tokens, self.head_dim)
-            query, key, value = query.reshape(shape), key.reshape(shape), value.reshape(shape)
+            mask = mask.masked_fill(~visible.unsqueeze(1), torch.finfo(mask.dtype).min / 2)
 
         implementation = self.config._attn_implementation
         # On CPU, SDPA with a mask that needs a gradient takes an unfused path: in bf16 three times as slow.
         unfused = implementation == "sdpa" and torch.is_grad_enabled() and not hidden_states.is_cuda
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            "eager" if unfused else implementation, eager_attention_forward
-        )
-        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
-        context, attention = attend(self, query, key, value, bias, scaling=self.scaling, dropout=dropout, **kwargs)
         if unfused:
-            # SDPA returns no weights, with gradients or without.
-            attention = None
-        if visible is not None:
-            context = context.transpose(1, 2).reshape(windows, self.num_heads, tokens, self.head_dim).transpose(1, 2)
-        if attention is not None:
-            attention = attention.reshape(windows, self.num_heads, tokens, tokens)
-        return self.proj(context.reshape(windows, tokens, dim)), attention
+            implementation = "eager"
+        if implementation != "eager" and visible is not None:
+            # The kernels want one mask per window. Repeating it costs less than giving windows and heads one axis.
+            mask = mask.repeat(windows // len(visible), 1, 1, 1)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+        context, attention = attend(self, query, key, value, mask, scaling=self.scaling, dropout=dropout, **kwargs)
+        # SDPA returns no weights, with gradients or without.
+        return self.proj(context.reshape(windows, tokens, dim)), None if unfused else attention
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -444,7 +465,7 @@ class Routing(NamedTuple):
     """What a router decided for T tokens."""
 
     router_logits: torch.Tensor  # float32 (T, E), without noise
-    threshold: torch.Tensor  # float32 (T,), the K-th largest logit, with noise in training
+    noisy_logits: torch.Tensor  # float32 (T, E), what the choice was made by: with noise in training
     selected_experts: torch.Tensor  # int64 (T, K); E = dropped
     weights: torch.Tensor  # float32 (T, K), what each expert's output is multiplied by; 0 = dropped
 
@@ -452,25 +473,41 @@ class Routing(NamedTuple):
 class MsGFMTopKRouter(nn.Module):
     """Chooses K experts per token and, where there is a capacity, whom they have room for.
 
-    The gate is the softmax probability itself: for one expert per token it is not renormalised to 1, which would leave
-    the router without a gradient.
+    Logits are linear in the token, or cosines between its projection and a vector per expert over a learned temperature
+    (X-MoE, arXiv 2204.09179). The gate is the softmax probability itself: for one expert per token it is not
+    renormalised to 1, which would leave the router without a gradient.
     """
 
     def __init__(self, config: MsGFMConfig, dim: int):
         super().__init__()
         self.config = config
-        self.weight = nn.Parameter(torch.zeros(config.num_experts, dim))
+        if config.router_type == "linear":
+            self.weight = nn.Parameter(torch.zeros(config.num_experts, dim))
+        else:
+            self.cosine_projector = nn.Linear(dim, COSINE_ROUTER_DIM)
+            self.sim_matrix = nn.Parameter(torch.zeros(COSINE_ROUTER_DIM, config.num_experts))
+            self.temperature = nn.Parameter(torch.zeros(1))
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(T, D) -> (T, E), in float32 whatever the precision of the model."""
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            hidden_states = hidden_states.float()
+            if self.config.router_type == "linear":
+                return F.linear(hidden_states, self.weight.float())
+            projector = self.cosine_projector
+            projected = F.linear(hidden_states, projector.weight.float(), projector.bias.float())
+            cosines = F.normalize(projected, dim=1) @ F.normalize(self.sim_matrix.float(), dim=0)
+            return cosines * self.temperature.float().clamp(max=math.log(100)).exp()
 
     def forward(self, hidden_states: torch.Tensor) -> Routing:
-        """(T, D) -> the routing of these tokens, in float32 whatever the precision of the model."""
+        """(T, D) -> the routing of these tokens."""
         config = self.config
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            router_logits = F.linear(hidden_states.float(), self.weight.float())
-        noisy = router_logits
+        router_logits = self.logits(hidden_states)
+        noisy_logits = router_logits
         if self.training and config.router_noise > 0:
-            noisy = noisy + torch.randn_like(noisy) * (config.router_noise / config.num_experts)
-        weights, selected = noisy.softmax(-1).topk(config.num_experts_per_tok, dim=-1)
-        threshold = noisy.gather(1, selected[:, -1:]).squeeze(1)
+            noise = torch.randn_like(router_logits) * (config.router_noise / config.num_experts)
+            noisy_logits = router_logits + noise
+        weights, selected = noisy_logits.softmax(-1).topk(config.num_experts_per_tok, dim=-1)
 
         factor = config.capacity_factor if self.training else config.eval_capacity_factor
         if factor is not None:
@@ -478,7 +515,7 @@ class MsGFMTopKRouter(nn.Module):
             has_room = self._has_room(weights[:, 0].detach(), selected, capacity, config.num_experts)
             selected = torch.where(has_room, selected, config.num_experts)
             weights = torch.where(has_room, weights, 0)
-        return Routing(router_logits, threshold, selected, weights)
+        return Routing(router_logits, noisy_logits, selected, weights)
 
     @staticmethod
     def _has_room(confidence: torch.Tensor, selected: torch.Tensor, capacity: int, num_experts: int) -> torch.Tensor:
@@ -494,9 +531,21 @@ class MsGFMTopKRouter(nn.Module):
         return has_room
 
 
+def router_aux_loss(config: MsGFMConfig, router_logits: torch.Tensor, noisy_logits: torch.Tensor) -> torch.Tensor:
+    """The load-balancing loss of `config.router_aux_loss_type` for the logits (T, E) of one block."""
+    if config.router_aux_loss_type == "gshard":
+        return gshard_loss(noisy_logits)
+    threshold = noisy_logits.topk(config.num_experts_per_tok, dim=-1).values[:, -1]
+    return importance_load_loss(router_logits, config.router_noise, threshold)
+
+
 @use_experts_implementation(has_gate=False, has_bias=True)
 class MsGFMExperts(nn.Module):
-    """E MLPs with their weights stacked, in the layout Transformers' expert kernels read."""
+    """E MLPs with their weights stacked, in the layout Transformers' expert kernels read.
+
+    `forward` is what the implementation "eager" stands for, and the default: tokens sorted by expert, then one matrix
+    product per expert on the CPU, one grouped product on CUDA, without a transfer to the host.
+    """
 
     def __init__(self, config: MsGFMConfig, dim: int):
         super().__init__()
@@ -511,28 +560,70 @@ class MsGFMExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Tokens sorted by expert, one dense MLP per expert, and the weighted outputs added back.
+        """The weighted sum of each token's experts.
 
         Args:
             hidden_states: (T, D).
             top_k_index: int64 (T, K); E = dropped, which contributes exactly nothing.
             top_k_weights: (T, K).
         """
-        expert = top_k_index.flatten()
-        order = expert.argsort(stable=True)
-        counts = torch.bincount(expert, minlength=self.num_experts)[: self.num_experts].tolist()
-        order = order[: sum(counts)]
-        token = order // top_k_index.shape[1]
-        inputs = hidden_states.index_select(0, token).split(counts)
+        if torch.compiler.is_exporting():
+            return self._one_after_another(hidden_states, top_k_index, top_k_weights)
+        device = hidden_states.device
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else hidden_states.dtype
+        compiling = torch.compiler.is_compiling()
+        if compiling and dtype != torch.bfloat16:
+            # The compiler knows grouped products in bf16 only; Transformers hides the others from it.
+            return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
+
+        tokens, top_k = top_k_index.shape
+        expert, order = top_k_index.flatten().sort(stable=True)
+        # Where each expert's run of tokens ends; dropped ones lie behind the last.
+        ends = torch.searchsorted(expert, torch.arange(self.num_experts, device=device), right=True)
+        inputs = hidden_states.index_select(0, order // top_k)
+        if compiling or hidden_states.is_cuda:
+            outputs = self._grouped(inputs.to(dtype), expert.unsqueeze(1), ends.to(torch.int32))
+        else:
+            outputs = self._looped(inputs, ends.tolist())
+        outputs = outputs * top_k_weights.flatten().index_select(0, order).unsqueeze(1).to(outputs.dtype)
+        return outputs.index_select(0, order.argsort()).view(tokens, top_k, -1).sum(1)
+
+    def _looped(self, inputs: torch.Tensor, ends: list[int]) -> torch.Tensor:
+        sizes = [end - start for start, end in pairwise([0, *ends])]
+        *runs, dropped = inputs.split([*sizes, len(inputs) - ends[-1]])
         # `unbind` once: indexing a stacked weight per expert would make each backward fill a whole stack of zeros.
         weights = (w.unbind(0) for w in (self.up_proj, self.up_proj_bias, self.down_proj, self.down_proj_bias))
         outputs = [
-            F.linear(self.act_fn(F.linear(x, up, up_bias)), down, down_bias)
-            for x, up, up_bias, down, down_bias in zip(inputs, *weights, strict=True)
+            F.linear(self.act_fn(F.linear(run, up, up_bias)), down, down_bias)
+            for run, up, up_bias, down, down_bias in zip(runs, *weights, strict=True)
         ]
-        outputs = torch.cat(outputs)
-        outputs = outputs * top_k_weights.flatten().index_select(0, order).unsqueeze(-1).to(outputs.dtype)
-        return outputs.new_zeros(hidden_states.shape).index_add(0, token, outputs)
+        return torch.cat([*outputs, torch.zeros_like(dropped, dtype=outputs[0].dtype)])
+
+    def _grouped(self, inputs: torch.Tensor, expert: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        # A product with the one-hot choice adds the biases: a gather of them would have a slow backward.
+        choice = (expert == torch.arange(self.num_experts, device=expert.device)).to(inputs.dtype)
+        # grouped_mm leaves rows behind the last end as they were in memory, and their gradients too.
+        dropped = expert == self.num_experts
+
+        def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+            rows = rows.masked_fill(dropped, 0)
+            rows = F.grouped_mm(rows, weight.to(rows.dtype).transpose(1, 2), offs=ends)
+            return torch.addmm(rows, choice, bias.to(rows.dtype)).masked_fill(dropped, 0)
+
+        hidden = self.act_fn(linear(inputs, self.up_proj, self.up_proj_bias))
+        return linear(hidden, self.down_proj, self.down_proj_bias)
+
+    def _one_after_another(self, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
+        """Without sizes that Python would have to know: an exported graph serves any number of tokens per expert."""
+        outputs = torch.zeros_like(hidden_states)
+        for number in range(self.num_experts):
+            token, choice = torch.where(top_k_index == number)
+            hidden = self.act_fn(F.linear(hidden_states[token], self.up_proj[number], self.up_proj_bias[number]))
+            output = F.linear(hidden, self.down_proj[number], self.down_proj_bias[number])
+            output = output * top_k_weights[token, choice].unsqueeze(1).to(output.dtype)
+            outputs = outputs.index_add(0, token, output.to(outputs.dtype))
+        return outputs
 
 
 class MsGFMSparseMoeBlock(nn.Module):
@@ -551,18 +642,16 @@ class MsGFMSparseMoeBlock(nn.Module):
         tokens = hidden_states.flatten(0, 1)
         routing = self.router(tokens)
         outputs = self.experts(tokens, routing.selected_experts, routing.weights)
-        aux_loss = importance_load_loss(routing.router_logits, self.config.router_noise, routing.threshold)
+        aux_loss = router_aux_loss(self.config, routing.router_logits, routing.noisy_logits)
         return outputs.view_as(hidden_states), routing.router_logits, aux_loss, routing.selected_experts
 
 
-def routing_statistics(
-    output: MsGFMForPreTrainingOutput, num_experts: int, router_noise: float = 1.0
-) -> dict[str, dict[str, torch.Tensor]]:
+def routing_statistics(output: MsGFMForPreTrainingOutput, config: MsGFMConfig) -> dict[str, dict[str, torch.Tensor]]:
     """Where the tokens of each sensor went.
 
     Args:
         output: of `MsGFMForPreTraining` called with `output_router_logits=True`.
-        num_experts, router_noise: of the configuration.
+        config: of the model.
 
     Returns:
         {sensor: {"histogram": (blocks, E) share of the sensor's choices that chose each expert, dropped ones not
@@ -588,12 +677,11 @@ def routing_statistics(
         for logits, selected in zip(output.router_logits, output.selected_experts, strict=True):
             mine = owner.repeat_interleave(len(selected) // len(owner)) == number
             logits, selected = logits[mine].detach(), selected[mine]
-            counts = torch.bincount(selected.flatten(), minlength=num_experts + 1).float() / selected.numel()
-            threshold = logits.topk(selected.shape[1], dim=-1).values[:, -1]
-            blocks["histogram"].append(counts[:num_experts])
+            counts = torch.bincount(selected.flatten(), minlength=config.num_experts + 1).float() / selected.numel()
+            blocks["histogram"].append(counts[: config.num_experts])
             blocks["load"].append(logits.softmax(-1).mean(0))
-            blocks["dropped"].append(counts[num_experts])
-            blocks["aux_loss"].append(importance_load_loss(logits, router_noise, threshold))
+            blocks["dropped"].append(counts[config.num_experts])
+            blocks["aux_loss"].append(router_aux_loss(config, logits, logits))
         statistics[sensor] = {name: torch.stack(values) for name, values in blocks.items()}
     return statistics
 
@@ -619,44 +707,52 @@ class MsGFMDropPath(nn.Module):
 
 
 class MsGFMLayer(GradientCheckpointingLayer):
-    """A Swin block: window attention and an MLP or experts, each behind a norm and inside a residual."""
+    """A Swin block: window attention and an MLP or experts, each inside a residual, with a norm before it or after."""
 
-    def __init__(self, config: MsGFMConfig, dim: int, num_heads: int, drop_path: float, shifted: bool, sparse: bool):
+    def __init__(self, config: MsGFMConfig, stage: int, block: int, drop_path: float):
         super().__init__()
-        self.window_size = config.window_size
-        self.shifted = shifted
-        self.sparse = sparse
+        dim = config.embed_dim * 2**stage
+        self.shifted = block % 2 == 1
+        self.sparse = block in config.moe_blocks[stage]
+        self.post_norm = config.norm_position == "post"
         self.layernorm_before = nn.LayerNorm(dim, eps=config.layer_norm_eps)
-        self.attention = MsGFMWindowAttention(config, dim, num_heads)
+        self.attention = MsGFMWindowAttention(config, stage)
         self.drop_path = MsGFMDropPath(drop_path)
         self.layernorm_after = nn.LayerNorm(dim, eps=config.layer_norm_eps)
-        self.mlp = MsGFMSparseMoeBlock(config, dim) if sparse else MsGFMMLP(config, dim)
+        self.mlp = MsGFMSparseMoeBlock(config, dim) if self.sparse else MsGFMMLP(config, dim)
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        grid: tuple[int, int],
-        shift: int,
-        visible: torch.Tensor | None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, hidden_states: torch.Tensor, windows: Windows, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor | None, ...]:
-        """Tokens (B, L, D) of a grid (h, w) -> tokens, attention, and of experts: logits, auxiliary loss, selection.
+        """Tokens (B, L, D) -> tokens, attention, and of experts: logits, auxiliary loss, selection.
 
         All five leave as plain tensors so that they keep their gradients under every kind of checkpointing.
         """
-        batch_size, _, dim = hidden_states.shape
-        windows = self.layernorm_before(hidden_states).view(batch_size, *grid, dim)
-        windows, attention = self.attention(window_partition(windows, self.window_size, shift), visible, **kwargs)
-        update = window_reverse(windows, self.window_size, shift, grid).reshape(batch_size, -1, dim)
+        update = hidden_states if self.post_norm else self.layernorm_before(hidden_states)
+        update, attention = self._attend(update, windows, **kwargs)
+        update = self.layernorm_before(update) if self.post_norm else update
         hidden_states = hidden_states + self.drop_path(update)
 
-        update = self.layernorm_after(hidden_states)
+        update = hidden_states if self.post_norm else self.layernorm_after(hidden_states)
         if self.sparse:
             update, router_logits, aux_loss, selected_experts = self.mlp(update)
         else:
             update, router_logits, aux_loss, selected_experts = self.mlp(update), None, None, None
+        update = self.layernorm_after(update) if self.post_norm else update
         hidden_states = hidden_states + self.drop_path(update)
         return hidden_states, attention, router_logits, aux_loss, selected_experts
+
+    def _attend(self, hidden_states: torch.Tensor, windows: Windows, **kwargs: Unpack[TransformersKwargs]):
+        """Attention inside windows: (B, L, D) -> (B, L, D)."""
+        batch_size, tokens, dim = hidden_states.shape
+        if len(windows.order) > tokens:
+            # What `order` calls h * w: a token of zeros.
+            hidden_states = F.pad(hidden_states, (0, 0, 0, 1))
+        # One gather each way, where rolling, padding and cutting would copy all tokens several times.
+        hidden_states = hidden_states.index_select(1, windows.order)
+        side = self.attention.config.window_size**2
+        hidden_states, attention = self.attention(hidden_states.view(-1, side, dim), windows.visible, **kwargs)
+        return hidden_states.view(batch_size, -1, dim).index_select(1, windows.place), attention
 
 
 class MsGFMPatchMerging(nn.Module):
@@ -664,7 +760,8 @@ class MsGFMPatchMerging(nn.Module):
 
     def __init__(self, config: MsGFMConfig, dim: int):
         super().__init__()
-        self.norm = nn.LayerNorm(4 * dim, eps=config.layer_norm_eps)
+        self.post_norm = config.norm_position == "post"
+        self.norm = nn.LayerNorm((2 if self.post_norm else 4) * dim, eps=config.layer_norm_eps)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -677,7 +774,8 @@ class MsGFMPatchMerging(nn.Module):
         height, width = math.ceil(height / 2), math.ceil(width / 2)
         # Column before row, as in Swin: channels of (even, even), (odd row, even), (even, odd column), (odd, odd).
         hidden_states = hidden_states.view(batch_size, height, 2, width, 2, dim).permute(0, 1, 3, 4, 2, 5)
-        return self.reduction(self.norm(hidden_states.reshape(batch_size, height * width, 4 * dim)))
+        hidden_states = hidden_states.reshape(batch_size, height * width, 4 * dim)
+        return self.norm(self.reduction(hidden_states)) if self.post_norm else self.reduction(self.norm(hidden_states))
 
 
 class MsGFMStage(nn.Module):
@@ -685,22 +783,12 @@ class MsGFMStage(nn.Module):
 
     def __init__(self, config: MsGFMConfig, stage: int, drop_path: list[float]):
         super().__init__()
-        dim = config.embed_dim * 2**stage
         self.window_size = config.window_size
         self.blocks = nn.ModuleList(
-            [
-                MsGFMLayer(
-                    config,
-                    dim,
-                    config.num_heads[stage],
-                    drop_path[block],
-                    shifted=block % 2 == 1,
-                    sparse=block in config.moe_blocks[stage],
-                )
-                for block in range(config.depths[stage])
-            ]
+            [MsGFMLayer(config, stage, block, drop_path[block]) for block in range(config.depths[stage])]
         )
-        self.downsample = MsGFMPatchMerging(config, dim) if stage < len(config.depths) - 1 else None
+        last = stage == len(config.depths) - 1
+        self.downsample = None if last else MsGFMPatchMerging(config, config.embed_dim * 2**stage)
 
     def forward(
         self, hidden_states: torch.Tensor, grid: tuple[int, int], **kwargs: Unpack[TransformersKwargs]
@@ -709,13 +797,12 @@ class MsGFMStage(nn.Module):
         block with experts the auxiliary loss and the selection."""
         # One window is enough for a map no larger than it: shifting it would only cut it up.
         shift = 0 if min(grid) <= self.window_size else self.window_size // 2
-        visible = {s: window_visibility(grid, self.window_size, s, hidden_states.device) for s in {0, shift}}
+        plain = cut_windows(grid, self.window_size, 0, hidden_states.device)
+        shifted = cut_windows(grid, self.window_size, shift, hidden_states.device) if shift else plain
         attention, aux_losses, selections = None, [], []
         for block in self.blocks:
-            block_shift = shift if block.shifted else 0
-            hidden_states, attention, _, aux_loss, selected_experts = block(
-                hidden_states, grid, block_shift, visible[block_shift], **kwargs
-            )
+            windows = shifted if block.shifted else plain
+            hidden_states, attention, _, aux_loss, selected_experts = block(hidden_states, windows, **kwargs)
             if aux_loss is not None:
                 aux_losses.append(aux_loss)
                 selections.append(selected_experts)
@@ -776,10 +863,27 @@ class MsGFMPreTrainedModel(PreTrainedModel):
         elif isinstance(module, MsGFMEmbeddings):
             init.trunc_normal_(module.mask_token, std=std)
         elif isinstance(module, MsGFMWindowAttention):
-            init.trunc_normal_(module.relative_position_bias_table, std=std)
+            if self.config.position_bias == "table":
+                init.trunc_normal_(module.relative_position_bias_table, std=std)
+            else:
+                init.copy_(module.relative_coords_table, module.make_relative_coords_table())
             init.copy_(module.relative_position_index, module.make_relative_position_index())
+            if module.cosine:
+                init.constant_(module.logit_scale, math.log(10))
+                if module.q_bias is not None:
+                    init.zeros_(module.q_bias)
+                    init.zeros_(module.v_bias)
+        elif isinstance(module, MsGFMLayer) and module.post_norm:
+            # As in SwinV2: every block begins as the identity.
+            for norm in (module.layernorm_before, module.layernorm_after):
+                init.zeros_(norm.weight)
+                init.zeros_(norm.bias)
         elif isinstance(module, MsGFMTopKRouter):
-            init.trunc_normal_(module.weight, std=std)
+            if self.config.router_type == "linear":
+                init.trunc_normal_(module.weight, std=std)
+            else:
+                init.normal_(module.sim_matrix, std=0.01)
+                init.constant_(module.temperature, math.log(1 / COSINE_ROUTER_TEMPERATURE))
         elif isinstance(module, MsGFMExperts):
             init.trunc_normal_(module.up_proj, std=std)
             init.trunc_normal_(module.down_proj, std=std)

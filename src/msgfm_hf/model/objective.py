@@ -87,6 +87,22 @@ def importance_load_loss(
     return (importance + coefficient_of_variation_squared(load)) / 2
 
 
+def gshard_loss(noisy_logits: torch.Tensor) -> torch.Tensor:
+    """The auxiliary loss of GShard (arXiv 2006.16668) as Tutel has it: E * sum_e mean_t(p_te) * mean_t(first_te).
+
+    p = softmax(noisy_logits), and first_te is 1 where expert e is the first choice of token t. Only p has a gradient.
+
+    Args:
+        noisy_logits: (T, E), with the noise of training, if any.
+
+    Returns:
+        scalar; 1 for perfectly even experts.
+    """
+    probabilities = noisy_logits.softmax(-1)
+    first = torch.nn.functional.one_hot(probabilities.argmax(-1), noisy_logits.shape[-1])
+    return noisy_logits.shape[-1] * (probabilities.mean(0) * first.to(probabilities.dtype).mean(0)).sum()
+
+
 def pretraining_loss(
     slice_losses: list[dict[str, torch.Tensor]],
     weights: list[float],

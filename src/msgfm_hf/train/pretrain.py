@@ -572,7 +572,7 @@ def _by_way(losses: dict[str, float]) -> dict[str, float]:
 
 def _routing(outputs, config) -> dict:
     """Routing statistics per sensor as plain numbers, four digits each."""
-    found = routing_statistics(outputs, config.num_experts, config.router_noise)
+    found = routing_statistics(outputs, config)
     return {
         sensor: {name: (value * 1e4).round().div(1e4).tolist() for name, value in values.items()}
         for sensor, values in found.items()
