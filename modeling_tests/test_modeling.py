@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import SwinConfig, SwinModel
 
 from msgfm_hf import (
     SENSORS,
@@ -23,6 +22,7 @@ from msgfm_hf import (
     count_parameters,
 )
 from msgfm_hf.model import modeling_msgfm
+from swin_weights import swin_with_our_weights
 from tiny_models import TINY, lively, tiny
 
 _S2 = SENSORS["s2"].to_dict()
@@ -78,38 +78,6 @@ def test_counting_an_unknown_sensor_is_refused():
 
 
 # ------------------------------------------------------------------------------------------------------ Swin parity
-
-
-def swin_with_our_weights(model, image_size):
-    config = model.config
-    swin = SwinModel(
-        SwinConfig(
-            image_size=image_size,
-            patch_size=config.patch_size,
-            num_channels=3,
-            embed_dim=config.embed_dim,
-            depths=config.depths,
-            num_heads=config.num_heads,
-            window_size=config.window_size,
-            drop_path_rate=0.0,
-            hidden_act=config.hidden_act,
-            layer_norm_eps=config.layer_norm_eps,
-        )
-    ).eval()
-    ours, theirs = model.state_dict(), {}
-    for name in swin.state_dict():
-        if name.startswith("embeddings."):
-            part = name.removeprefix("embeddings.patch_embeddings.").removeprefix("embeddings.")
-            theirs[name] = ours[f"embeddings.patch_embeddings.rgb.{part}"]
-        elif any(f".{letter}_proj." in name for letter in "qkv"):
-            block, _, rest = name.partition(".attention.")
-            letter, kind = rest[0], rest.rpartition(".")[2]
-            theirs[name] = ours[f"{block}.attention.qkv.{kind}"].chunk(3)["qkv".index(letter)]
-        else:
-            source = name.replace(".attention.o_proj.", ".attention.proj.")
-            theirs[name] = ours[source.replace(".relative_position_bias.relative", ".relative")]
-    swin.load_state_dict(theirs)
-    return swin
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -14,6 +14,7 @@ TINY = {
     "num_experts": 4,
     "moe_blocks": [[], [1]],
 }
+RGB = {"rgb": SENSORS["rgb"].to_dict()}
 BANDS = {sensor: len(SENSORS[sensor].bands) for sensor in ("rgb", "s1", "s2", "dsm")}
 
 

@@ -30,7 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
 
 from .configuration_msgfm import MsGFMConfig
 from .masking import mask_to_pixels
@@ -99,7 +99,8 @@ class MsGFMForPreTrainingOutput(ModelOutput):
             input was: a tensor, {sensor: tensor}, or a list of such dictionaries.
         slice_losses: the masked L1 of each input, nested as the input was; `None` where nothing is masked.
         aux_loss (`torch.FloatTensor`, *optional*): auxiliary loss summed over the blocks with experts, unweighted.
-        slices (`list[tuple[int, str, int]]`): (source, input sensor, rows) in the order of the mixed batch.
+        slices (`list[tuple[int, str, int]]`): (source, input sensor, rows) in the order of the mixed batch; `None`
+            from an exported graph.
         hidden_states, attentions, router_logits, selected_experts: as of `MsGFMModel`, over the mixed batch.
     """
 
@@ -122,14 +123,18 @@ class MsGFMForPreTrainingOutput(ModelOutput):
 class MsGFMPatchEmbeddings(nn.Module):
     """f_i of the paper (3.1) for one sensor: a convolution over P x P patches and a layer norm."""
 
-    def __init__(self, config: MsGFMConfig, num_bands: int):
+    def __init__(self, config: MsGFMConfig, spec: SensorSpec):
         super().__init__()
-        self.projection = nn.Conv2d(num_bands, config.embed_dim, config.patch_size, stride=config.patch_size)
+        # Built once: a compiler cannot follow how a specification is read from the configuration.
+        self.spec = spec
+        self.projection = nn.Conv2d(len(spec.bands), config.embed_dim, config.patch_size, stride=config.patch_size)
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
 
-    def forward(self, pixels: torch.Tensor, band_index: list[int] | None) -> torch.Tensor:
+    def forward(self, pixels: torch.Tensor, band_index: list[int]) -> torch.Tensor:
         """(B, C, H, W), H and W multiples of P, with the kernel's slice for these bands -> (B, h, w, D)."""
-        weight = self.projection.weight if band_index is None else self.projection.weight[:, band_index]
+        weight = self.projection.weight
+        if band_index != list(range(len(self.spec.bands))):
+            weight = weight[:, band_index]
         pixels = pixels.to(weight.dtype)
         return F.conv2d(pixels, weight, self.projection.bias, stride=self.projection.stride).permute(0, 2, 3, 1)
 
@@ -189,7 +194,7 @@ class MsGFMEmbeddings(nn.Module):
         self.config = config
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
         self.patch_embeddings = nn.ModuleDict(
-            {sensor: MsGFMPatchEmbeddings(config, len(spec["bands"])) for sensor, spec in config.sensors.items()}
+            {sensor: MsGFMPatchEmbeddings(config, config.sensor(sensor)) for sensor in config.sensors}
         )
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -218,9 +223,7 @@ class MsGFMEmbeddings(nn.Module):
 
         terms, norms, valids = [], [], []
         for sensor, pixels in pixel_values.items():
-            names = self.bands_of(sensor, pixels, bands)
-            spec = self.config.sensor(sensor)
-            index = spec.index(names)
+            index = self.band_index(sensor, pixels, bands)
             pixels = torch.where(torch.isfinite(pixels), pixels, 0)
             valid = None if valid_mask is None else valid_mask.get(sensor)
             if valid is not None:
@@ -233,7 +236,7 @@ class MsGFMEmbeddings(nn.Module):
                 pixels = torch.where(valid.unsqueeze(1), pixels, 0)
                 valid = F.max_pool2d(F.pad(valid.float(), padding).unsqueeze(1), patch).squeeze(1) > 0
             embedding = self.patch_embeddings[sensor]
-            terms.append(embedding(F.pad(pixels, padding), None if index == list(range(len(spec.bands))) else index))
+            terms.append(embedding(F.pad(pixels, padding), index))
             norms.append(embedding.norm)
             valids.append(valid)
 
@@ -253,26 +256,31 @@ class MsGFMEmbeddings(nn.Module):
             hidden_states = torch.where(hidden.unsqueeze(-1), token, hidden_states)
         return EmbeddedTokens(self.dropout(hidden_states), grid, patch_valid)
 
-    def bands_of(self, sensor: str, pixels: torch.Tensor, bands: Mapping[str, Sequence[str]] | None) -> list[str]:
-        """Names of the bands of a tensor: as given, else `config.inputs`, else all of the sensor.
+    def band_index(
+        self, sensor: str, pixels: torch.Tensor, bands: Mapping[str, Sequence[str]] | None = None
+    ) -> list[int]:
+        """Which bands of its sensor a tensor has: as given, else `config.inputs`, else all of the sensor.
 
         Raises:
-            ValueError: for unknown bands, or if the tensor has another number of them.
+            ValueError: for an unknown sensor or bands, or if the tensor has another number of them.
         """
-        spec = self.config.sensor(sensor)
+        if sensor not in self.patch_embeddings:
+            self.config.sensor(sensor)
+        spec = self.patch_embeddings[sensor].spec
         names = next((found[sensor] for found in (bands or {}, self.config.inputs) if sensor in found), spec.band_names)
         if not names:
             raise ValueError(
                 f"`bands` for sensor {sensor!r} must name at least one band, got none. Leave it out for "
                 f"{', '.join(spec.band_names)}."
             )
-        names = [band.name for band in spec.select(names)]
-        if pixels.shape[1] != len(names):
+        index = spec.index(names)
+        if pixels.shape[1] != len(index):
+            names = [spec.band_names[band] for band in index]
             raise ValueError(
                 f"`pixel_values` for sensor {sensor!r} must have {len(names)} bands ({', '.join(names)}), got shape "
                 f"{tuple(pixels.shape)}. Select bands by name with `bands=`."
             )
-        return names
+        return index
 
     def _fuse(self, terms, norms, valids) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Sum the terms of several sensors where they are valid, and normalise with the mean of their norms."""
@@ -434,7 +442,7 @@ class MsGFMWindowAttention(nn.Module):
             implementation = "eager"
         if implementation != "eager" and visible is not None:
             # The kernels want one mask per window. Repeating it costs less than giving windows and heads one axis.
-            mask = mask.repeat(windows // len(visible), 1, 1, 1)
+            mask = mask.repeat(windows // visible.shape[0], 1, 1, 1)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
         context, attention = attend(self, query, key, value, mask, scaling=self.scaling, dropout=dropout, **kwargs)
@@ -511,7 +519,7 @@ class MsGFMTopKRouter(nn.Module):
 
         factor = config.capacity_factor if self.training else config.eval_capacity_factor
         if factor is not None:
-            capacity = config.num_experts_per_tok * int(factor * math.ceil(len(selected) / config.num_experts))
+            capacity = config.num_experts_per_tok * int(factor * math.ceil(selected.shape[0] / config.num_experts))
             has_room = self._has_room(weights[:, 0].detach(), selected, capacity, config.num_experts)
             selected = torch.where(has_room, selected, config.num_experts)
             weights = torch.where(has_room, weights, 0)
@@ -706,6 +714,10 @@ class MsGFMDropPath(nn.Module):
         return hidden_states * hidden_states.new_empty(shape).bernoulli_(keep).div_(keep)
 
 
+class MsGFMPostNorm(nn.LayerNorm):
+    """The norm behind a branch. As in SwinV2 it starts at zero, so that a fresh block is the identity."""
+
+
 class MsGFMLayer(GradientCheckpointingLayer):
     """A Swin block: window attention and an MLP or experts, each inside a residual, with a norm before it or after."""
 
@@ -715,10 +727,11 @@ class MsGFMLayer(GradientCheckpointingLayer):
         self.shifted = block % 2 == 1
         self.sparse = block in config.moe_blocks[stage]
         self.post_norm = config.norm_position == "post"
-        self.layernorm_before = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        norm = MsGFMPostNorm if self.post_norm else nn.LayerNorm
+        self.layernorm_before = norm(dim, eps=config.layer_norm_eps)
         self.attention = MsGFMWindowAttention(config, stage)
         self.drop_path = MsGFMDropPath(drop_path)
-        self.layernorm_after = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.layernorm_after = norm(dim, eps=config.layer_norm_eps)
         self.mlp = MsGFMSparseMoeBlock(config, dim) if self.sparse else MsGFMMLP(config, dim)
 
     def forward(
@@ -824,6 +837,7 @@ class MsGFMPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = False
     _supports_flex_attn = False
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
     _can_record_outputs = {
         "hidden_states": OutputRecorder(MsGFMStage, index=0, capture_initial_hidden_state=True),
         "attentions": OutputRecorder(MsGFMStage, index=2, capture_initial_hidden_state=False),
@@ -842,6 +856,11 @@ class MsGFMPreTrainedModel(PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         return True
 
+    def post_init(self):
+        super().post_init()
+        # Now, not at the first forward: `torch.compile(fullgraph=True)` cannot install them.
+        maybe_install_capturing_hooks(self)
+
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         return super().get_correct_experts_implementation(requested_experts or "eager")
 
@@ -858,7 +877,7 @@ class MsGFMPreTrainedModel(PreTrainedModel):
             bound = 1 / math.sqrt(module.weight[0].numel())
             init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
+            init.constant_(module.weight, 0.0 if isinstance(module, MsGFMPostNorm) else 1.0)
             init.zeros_(module.bias)
         elif isinstance(module, MsGFMEmbeddings):
             init.trunc_normal_(module.mask_token, std=std)
@@ -873,11 +892,6 @@ class MsGFMPreTrainedModel(PreTrainedModel):
                 if module.q_bias is not None:
                     init.zeros_(module.q_bias)
                     init.zeros_(module.v_bias)
-        elif isinstance(module, MsGFMLayer) and module.post_norm:
-            # As in SwinV2: every block begins as the identity.
-            for norm in (module.layernorm_before, module.layernorm_after):
-                init.zeros_(norm.weight)
-                init.zeros_(norm.bias)
         elif isinstance(module, MsGFMTopKRouter):
             if self.config.router_type == "linear":
                 init.trunc_normal_(module.weight, std=std)
@@ -951,7 +965,7 @@ class MsGFMPreTrainedModel(PreTrainedModel):
         config.sensors = dict(sorted({**config.sensors, spec.id: spec.to_dict()}.items()))
         embeddings = next(module for module in self.modules() if isinstance(module, MsGFMEmbeddings))
         device, dtype = embeddings.mask_token.device, embeddings.mask_token.dtype
-        stem = MsGFMPatchEmbeddings(config, len(spec.bands)).to(device, dtype)
+        stem = MsGFMPatchEmbeddings(config, spec).to(device, dtype)
         stem.apply(self._init_weights)
         decoders = getattr(self, "decoders", None)
         if decoders is not None:
@@ -1191,18 +1205,18 @@ class MsGFMModel(MsGFMPreTrainedModel):
                 )
             slices = [{sensor: pixels} for sensor, pixels in pixel_values.items()]
         parts = [self.embeddings(part, bands, valid_mask, bool_masked_pos) for part in slices]
-        grid, batch_size = parts[0].grid, len(parts[0].hidden_states)
+        grid, rows = parts[0].grid, [part.hidden_states.shape[0] for part in parts]
 
         outputs: MsGFMEncoderOutput = self.encoder(torch.cat([part.hidden_states for part in parts]), grid, **kwargs)
         hidden_states = self.layernorm(outputs.last_hidden_state)
         pooled = None
         if self.add_pooling_layer:
-            per_part = zip(hidden_states.split(batch_size), parts, strict=True)
+            per_part = zip(hidden_states.split(rows), parts, strict=True)
             pooled = torch.cat([self._pool(features, part) for features, part in per_part])
 
         def join(states: torch.Tensor, dim: int) -> torch.Tensor:
             """Slices side by side; zeros for a sensor that is absent, and for an image without a valid pixel."""
-            per_sensor = [_seen(state, part) for state, part in zip(states.split(batch_size), parts, strict=True)]
+            per_sensor = [_seen(state, part) for state, part in zip(states.split(rows), parts, strict=True)]
             if self.config.fusion == "early":
                 return per_sensor[0]
             given = dict(zip(pixel_values, per_sensor, strict=True))
@@ -1369,7 +1383,7 @@ class MsGFMForPreTraining(MsGFMPreTrainedModel):
                 mask = masks[index].get(sensor) if masks else None
                 valid = {sensor: valids[index][sensor]} if valids and sensor in valids[index] else None
                 parts.append(self.msgfm.embeddings({sensor: pixels}, bands[index], valid, mask))
-                slices.append((index, sensor, len(pixels)))
+                slices.append((index, sensor, pixels.shape[0]))
         grid = parts[0].grid
         for part, (index, sensor, _) in zip(parts, slices, strict=True):
             if part.grid != grid:
@@ -1408,7 +1422,8 @@ class MsGFMForPreTraining(MsGFMPreTrainedModel):
             reconstruction=_unnest(reconstructions, pixel_values),
             slice_losses=_unnest(losses, pixel_values) if masks else None,
             aux_loss=outputs.aux_loss,
-            slices=slices,
+            # An exported graph has no place for strings.
+            slices=None if torch.compiler.is_exporting() else slices,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
@@ -1455,8 +1470,7 @@ class MsGFMForPreTraining(MsGFMPreTrainedModel):
 
     def _decoder(self, sensor: str, bands, grid: tuple[int, int], pixels: torch.Tensor):
         """D of a sensor, for the bands its input has: features (B, L, D) -> (B, C, H, W)."""
-        spec, stride = self.config.sensor(sensor), self.config.encoder_stride
-        index = spec.index(self.msgfm.embeddings.bands_of(sensor, pixels, bands))
+        stride, index = self.config.encoder_stride, self.msgfm.embeddings.band_index(sensor, pixels, bands)
         convolution = self.decoders[sensor]
         merges = 2 ** (len(self.config.depths) - 1)
         final = math.ceil(grid[0] / merges), math.ceil(grid[1] / merges)
@@ -1464,9 +1478,9 @@ class MsGFMForPreTraining(MsGFMPreTrainedModel):
 
         def decode(features: torch.Tensor) -> torch.Tensor:
             weight, bias = convolution.weight, convolution.bias
-            if index != list(range(len(spec.bands))):
-                weight = weight.view(len(spec.bands), stride**2, *weight.shape[1:])[index].flatten(0, 1)
-                bias = bias.view(len(spec.bands), stride**2)[index].flatten()
+            if index != list(range(len(bias) // stride**2)):
+                weight = weight.view(-1, stride**2, *weight.shape[1:])[index].flatten(0, 1)
+                bias = bias.view(-1, stride**2)[index].flatten()
             return F.pixel_shuffle(F.conv2d(_as_map(features, final), weight, bias), stride)[..., :height, :width]
 
         return decode
