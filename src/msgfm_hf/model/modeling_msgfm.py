@@ -843,6 +843,8 @@ class MsGFMPreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(MsGFMStage, index=2, capture_initial_hidden_state=False),
         "router_logits": OutputRecorder(MsGFMLayer, index=2, capture_initial_hidden_state=False),
     }
+    # Outputs are recorded by hooks of the encoder; a second set, of a model around it, would record them twice.
+    _output_capturing_hooks_installed = True
     _input_embed_layer = "patch_embeddings"
     # What pretraining leaves behind; a model without decoders does not miss them.
     _keys_to_ignore_on_load_unexpected = [r"^decoders\."]
@@ -855,11 +857,6 @@ class MsGFMPreTrainedModel(PreTrainedModel):
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True
-
-    def post_init(self):
-        super().post_init()
-        # Now, not at the first forward: `torch.compile(fullgraph=True)` cannot install them.
-        maybe_install_capturing_hooks(self)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         return super().get_correct_experts_implementation(requested_experts or "eager")
@@ -1030,6 +1027,8 @@ def _nearest_band(band, source: SensorSpec | None) -> tuple[str | None, float | 
 class MsGFMEncoder(MsGFMPreTrainedModel):
     """The shared encoder En of the paper: tokens of any sensors, in stages of falling resolution."""
 
+    _output_capturing_hooks_installed = False
+
     def __init__(self, config: MsGFMConfig):
         super().__init__(config)
         blocks = sum(config.depths)
@@ -1037,6 +1036,8 @@ class MsGFMEncoder(MsGFMPreTrainedModel):
         starts = [sum(config.depths[:stage]) for stage in range(len(config.depths))]
         self.layers = nn.ModuleList([MsGFMStage(config, stage, rates[start:]) for stage, start in enumerate(starts)])
         self.post_init()
+        # Now, not at the first forward: `torch.compile(fullgraph=True)` could not install them.
+        maybe_install_capturing_hooks(self)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
