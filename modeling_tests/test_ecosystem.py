@@ -79,7 +79,8 @@ def test_in_bfloat16_the_compiled_experts_are_one_grouped_product(training):
         experts = model.encoder.layers[1].blocks[1].mlp.experts
         results.append([output.last_hidden_state.float(), *(p.grad.clone() for p in experts.parameters())])
     torch._dynamo.reset()
-    assert output.selected_experts[0].eq(4).any().item() is training
+    # Dropped tokens lie where a grouped product leaves its output as it was in memory.
+    assert not training or output.selected_experts[0].eq(4).any()
     for ours, theirs in zip(*results, strict=True):
         assert theirs.abs().max() > 0
         torch.testing.assert_close(ours, theirs, atol=0.03 * theirs.abs().max().item(), rtol=0.05)

@@ -60,7 +60,9 @@ def test_segmentation_joins_all_stages_at_the_resolution_of_the_first():
     output = model(images)
     maps = model.msgfm(images, output_hidden_states=True).reshaped_hidden_states[1:]
     joined = 0
-    for features, norm, projection in zip(maps, model.norms, model.projections, strict=True):
+    assert len(maps) == len(model.norms) + 1
+    # The last stage has the norm of the trunk, which a checkpoint brings along.
+    for features, norm, projection in zip(maps, [*model.norms, model.msgfm.layernorm], model.projections, strict=True):
         features = projection(norm(features.movedim(1, -1))).movedim(-1, 1)
         joined = joined + F.interpolate(features, (16, 10), mode="bilinear", align_corners=False)
     expected = torch.einsum("bdhw,ld->blhw", F.gelu(joined), model.classifier.weight[:, :, 0, 0])

@@ -613,10 +613,17 @@ def test_bands_are_a_list():
 
 def test_weights_of_another_shape_are_refused_by_name(tmp_path):
     tiny().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"encoder\.layers\.0\.blocks\.0\.attention\.relative_position_bias_table"):
+    with pytest.raises(RuntimeError, match=r"encoder\.layers\.0\.blocks\.0\.attention\.relative_position_bias_table"):
         MsGFMModel.from_pretrained(tmp_path, window_size=3)
     model = MsGFMModel.from_pretrained(tmp_path, window_size=3, ignore_mismatched_sizes=True)
     assert model(torch.randn(1, 3, 32, 32)).last_hidden_state.isfinite().all()
+
+
+def test_what_is_missing_is_reported_where_a_report_is_asked_for(tmp_path):
+    tiny(moe_blocks=[[], []]).save_pretrained(tmp_path)
+    _, info = MsGFMModel.from_pretrained(tmp_path, moe_blocks=[[], [1]], output_loading_info=True)
+    assert "encoder.layers.1.blocks.1.mlp.experts.up_proj" in info["missing_keys"]
+    assert "encoder.layers.1.blocks.1.mlp.fc1.weight" in info["unexpected_keys"]
 
 
 def test_decoders_and_heads_may_be_missing(tmp_path):

@@ -134,7 +134,9 @@ class MsGFMConfig(BackboneConfigMixin, PreTrainedConfig):
     _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        self._refuse_misspelt(kwargs)
+        # Only what a person writes: a file may carry attributes of other origins, and says what version wrote it.
+        if self.transformers_version is None:
+            self._refuse_misspelt(kwargs)
         for name in _DERIVED:
             kwargs.pop(name, None)
         out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)

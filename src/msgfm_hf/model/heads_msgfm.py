@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.backbone_utils import filter_output_hidden_states
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
@@ -90,12 +91,13 @@ class MsGFMForSemanticSegmentation(_MsGFMHead):
         self.msgfm = MsGFMModel(config, add_pooling_layer=False)
         sensors = self.msgfm.num_features // config.hidden_size
         widths = [config.embed_dim * 2**stage * sensors for stage in range(len(config.depths))]
-        self.norms = nn.ModuleList([nn.LayerNorm(width, eps=config.layer_norm_eps) for width in widths])
+        self.norms = nn.ModuleList([nn.LayerNorm(width, eps=config.layer_norm_eps) for width in widths[:-1]])
         self.projections = nn.ModuleList([nn.Linear(width, config.embed_dim) for width in widths])
         self.classifier = nn.Conv2d(config.embed_dim, config.num_labels, 1)
         self.post_init()
 
     @can_return_tuple
+    @filter_output_hidden_states
     def forward(
         self,
         pixel_values: PixelValues | None = None,
@@ -103,7 +105,6 @@ class MsGFMForSemanticSegmentation(_MsGFMHead):
         bands: Mapping[str, Sequence[str]] | None = None,
         valid_mask: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
         reference: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
-        output_hidden_states: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MsGFMHeadOutput:
         r"""
@@ -111,16 +112,15 @@ class MsGFMForSemanticSegmentation(_MsGFMHead):
             pixel_values, bands, valid_mask, reference: as of `MsGFMModel`.
             labels: (B, H, W) class ids; `config.semantic_loss_ignore_index` counts nowhere.
         """
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        outputs = self.msgfm(
-            pixel_values, bands=bands, valid_mask=valid_mask, reference=reference, output_hidden_states=True, **kwargs
-        )
+        outputs = self.msgfm(pixel_values, bands=bands, valid_mask=valid_mask, reference=reference, **kwargs)
         maps = outputs.reshaped_hidden_states[1:]
+        features = [norm(stage.flatten(2).transpose(1, 2)) for stage, norm in zip(maps, self.norms, strict=False)]
+        # The trunk's own norm is that of the last stage.
+        features.append(outputs.last_hidden_state)
         joined = 0
-        for features, norm, projection in zip(maps, self.norms, self.projections, strict=True):
-            features = projection(norm(features.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
-            joined = joined + F.interpolate(features, maps[0].shape[2:], mode="bilinear", align_corners=False)
+        for stage, tokens, projection in zip(maps, features, self.projections, strict=True):
+            projected = projection(tokens).transpose(1, 2).unflatten(2, stage.shape[2:])
+            joined = joined + F.interpolate(projected, maps[0].shape[2:], mode="bilinear", align_corners=False)
         logits = self.classifier(F.gelu(joined))
         height, width = shared_grid(by_sensor(self.config, pixel_values, "pixel_values"))[1:]
         # Logits belong to whole patches; where the image ends inside the last one, the rest is cut off.
@@ -138,7 +138,7 @@ class MsGFMForSemanticSegmentation(_MsGFMHead):
             # The mean over labelled pixels, and 0 rather than NaN where there is none.
             loss = F.cross_entropy(logits.float(), labels.long(), ignore_index=ignored, reduction="sum")
             loss = loss / (labels != ignored).sum().clamp(min=1)
-        return self._output(loss, logits, outputs, outputs.hidden_states if output_hidden_states else None)
+        return self._output(loss, logits, outputs, outputs.hidden_states)
 
 
 __all__ = ["MsGFMForImageClassification", "MsGFMForSemanticSegmentation"]

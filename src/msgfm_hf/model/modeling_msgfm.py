@@ -80,6 +80,8 @@ class MsGFMEncoderOutput(ModelOutput):
 class MsGFMModelOutput(MsGFMEncoderOutput):
     """Output of `MsGFMModel`: as of the encoder, with the final norm applied.
 
+    In evaluation `selected_experts` and `aux_loss` come only with `output_router_logits=True`.
+
     Args:
         last_hidden_state (`torch.FloatTensor` of shape (B, L, D)): final features; with late fusion D is the hidden
             size times the number of `config.inputs`.
@@ -254,6 +256,9 @@ class MsGFMEmbeddings(nn.Module):
         if hidden is not None:
             token = self.mask_token.to(hidden_states.dtype)
             hidden_states = torch.where(hidden.unsqueeze(-1), token, hidden_states)
+        elif self.training:
+            # Unused in this batch, but not without a gradient: processes that train together would wait for it.
+            hidden_states = hidden_states + 0 * self.mask_token.to(hidden_states.dtype)
         return EmbeddedTokens(self.dropout(hidden_states), grid, patch_valid)
 
     def band_index(
@@ -413,7 +418,9 @@ class MsGFMWindowAttention(nn.Module):
         if self.config.position_bias == "table":
             table = self.relative_position_bias_table
         else:
-            table = self.continuous_position_bias_mlp(self.relative_coords_table)
+            # Loaded in half precision, buffers stay in float32.
+            network = self.continuous_position_bias_mlp
+            table = network(self.relative_coords_table.to(network[0].weight.dtype))
             table = 16 * torch.sigmoid(table) if self.cosine else table
         side = self.config.window_size**2
         return table.t().index_select(1, self.relative_position_index).view(1, self.num_heads, side, side)
@@ -906,21 +913,22 @@ class MsGFMPreTrainedModel(PreTrainedModel):
         """As `PreTrainedModel.from_pretrained`, but an encoder that is not all in the checkpoint is an error.
 
         Raises:
-            ValueError: naming the keys of the trunk that are missing or unexpected, and all of another shape, unless
-                `ignore_mismatched_sizes=True` allows the latter.
+            ValueError: naming the keys of the trunk that are missing or unexpected, unless `output_loading_info=True`
+                asks for a report of them instead.
+            RuntimeError: naming the keys of another shape, unless `ignore_mismatched_sizes=True` allows them.
         """
         allowed = kwargs.pop("ignore_mismatched_sizes", False)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
         missing = sorted(key for key in info["missing_keys"] if _is_trunk_key(key))
-        if missing and pretrained_model_name_or_path is not None:
+        if missing and pretrained_model_name_or_path is not None and not output_loading_info:
             raise ValueError(
                 f"`pretrained_model_name_or_path` must hold the whole encoder, got {pretrained_model_name_or_path!r} "
                 f"without {_shortened(missing)}. Load it with the configuration it was saved with, or convert it first."
             )
         extra = sorted(key for key in info["unexpected_keys"] if _is_trunk_key(key))
-        if extra:
+        if extra and not output_loading_info:
             raise ValueError(
                 f"`pretrained_model_name_or_path` must hold no more of the encoder than the configuration has, got "
                 f"{pretrained_model_name_or_path!r} with {_shortened(extra)}. Load it with the configuration it was "
@@ -930,7 +938,7 @@ class MsGFMPreTrainedModel(PreTrainedModel):
             f"{key} {tuple(stored)} for {tuple(wanted)}" for key, stored, wanted in info["mismatched_keys"]
         )
         if mismatched and not allowed:
-            raise ValueError(
+            raise RuntimeError(
                 f"`pretrained_model_name_or_path` must have the shapes of the configuration, got "
                 f"{pretrained_model_name_or_path!r} with {_shortened(mismatched)}. Load it with its own configuration, "
                 "or give `ignore_mismatched_sizes=True` to start these afresh."
@@ -1217,9 +1225,10 @@ class MsGFMModel(MsGFMPreTrainedModel):
 
         def join(states: torch.Tensor, dim: int) -> torch.Tensor:
             """Slices side by side; zeros for a sensor that is absent, and for an image without a valid pixel."""
-            per_sensor = [_seen(state, part) for state, part in zip(states.split(rows), parts, strict=True)]
             if self.config.fusion == "early":
-                return per_sensor[0]
+                # Not a view of it: hidden states keep the gradient that somebody asks for.
+                return _seen(states, parts[0])
+            per_sensor = [_seen(state, part) for state, part in zip(states.split(rows), parts, strict=True)]
             given = dict(zip(pixel_values, per_sensor, strict=True))
             nothing = torch.zeros_like(per_sensor[0])
             return torch.cat([given.get(sensor, nothing) for sensor in self.config.inputs], dim)
@@ -1229,6 +1238,8 @@ class MsGFMModel(MsGFMPreTrainedModel):
                 return None
             return tuple(None if state is None else join(state, dim) for state in states)
 
+        # In use, nobody asks for the experts' accounts, and a pipeline could not take a batch's scalars apart.
+        asked = self.training or outputs.router_logits is not None
         return MsGFMModelOutput(
             last_hidden_state=join(hidden_states, -1),
             pooler_output=None if pooled is None else join(pooled, -1),
@@ -1236,8 +1247,8 @@ class MsGFMModel(MsGFMPreTrainedModel):
             attentions=outputs.attentions,
             reshaped_hidden_states=join_all(outputs.reshaped_hidden_states, 1),
             router_logits=outputs.router_logits,
-            selected_experts=outputs.selected_experts,
-            aux_loss=outputs.aux_loss,
+            selected_experts=outputs.selected_experts if asked else None,
+            aux_loss=outputs.aux_loss if asked else None,
         )
 
     def _pool(self, features: torch.Tensor, part: EmbeddedTokens) -> torch.Tensor:
