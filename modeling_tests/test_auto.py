@@ -1,6 +1,7 @@
 """The doors of Transformers: Auto classes, saving and loading, and the same checkpoint without the package."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     AutoBackbone,
     AutoConfig,
@@ -20,9 +22,10 @@ from transformers import (
     AutoModelForSemanticSegmentation,
     pipeline,
 )
+from transformers.pipelines import PIPELINE_REGISTRY
 
 import msgfm_hf
-from msgfm_hf.hub.code import AUTO_MAP, write_model_code
+from msgfm_hf.hub.code import AUTO_MAP, CUSTOM_PIPELINES, write_model_code
 
 TINY = {
     "embed_dim": 12,
@@ -86,14 +89,38 @@ def test_bf16_checkpoints_keep_their_dtype_and_stay_close(tmp_path):
     torch.testing.assert_close(rounded.float(), exact, rtol=0.1, atol=0.1)
 
 
-def test_stock_pipelines_take_an_ordinary_picture(tmp_path):
-    from PIL import Image
-
-    model = msgfm_hf.MsGFMForImageClassification(msgfm_hf.MsGFMConfig(**TINY, num_labels=3))
+@pytest.mark.parametrize("task", ["image-classification", "image-segmentation", "image-feature-extraction"])
+def test_stock_pipelines_take_an_ordinary_picture(task, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    cls = {
+        "image-classification": msgfm_hf.MsGFMForImageClassification,
+        "image-segmentation": msgfm_hf.MsGFMForSemanticSegmentation,
+        "image-feature-extraction": msgfm_hf.MsGFMModel,
+    }[task]
+    model = cls(msgfm_hf.MsGFMConfig(**TINY, num_labels=3)).eval()
+    model.save_pretrained(tmp_path)
     processor = msgfm_hf.MsGFMImageProcessor.from_config(model.config)
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8))
-    found = pipeline("image-classification", model=model, image_processor=processor)(picture)
-    assert len(found) == 3 and abs(sum(label["score"] for label in found) - 1) < 1e-5
+    processor.save_pretrained(tmp_path)
+    arrays = [np.random.default_rng(seed).integers(0, 255, (40, 50, 3), dtype=np.uint8) for seed in range(3)]
+    with torch.no_grad():
+        outputs = [model(**processor(array)) for array in arrays]
+    pipe = pipeline(task, model=str(tmp_path))
+    for batch_size in (1, 2):
+        found = pipe([Image.fromarray(array) for array in arrays], batch_size=batch_size)
+        assert len(found) == 3
+        for result, output in zip(found, outputs, strict=True):
+            if task == "image-classification":
+                scores = [label["score"] for label in sorted(result, key=lambda label: label["label"])]
+                assert scores == pytest.approx(output.logits.softmax(-1)[0].tolist(), rel=1e-4)
+            elif task == "image-segmentation":
+                masks = {label["label"]: np.asarray(label["mask"]) == 255 for label in result}
+                for index in range(3):
+                    empty = np.zeros((40, 50), bool)
+                    classes = output.logits.argmax(1)[0].numpy()
+                    assert np.array_equal(masks.get(f"LABEL_{index}", empty), classes == index)
+            else:
+                torch.testing.assert_close(torch.tensor(result), output.last_hidden_state, atol=1e-5, rtol=1e-4)
+    assert "not supported" not in caplog.text
 
 
 REMOTE = """
@@ -122,11 +149,17 @@ REMOTE = """
     out["AutoBackbone"] = list(maps[-1].shape)
     processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
     out["AutoImageProcessor"] = processor(pixels[0].abs().clamp(max=1).mul(255).byte())["pixel_values"].sum().item()
+    options = {"unit": {"rgb": "reflectance"}}
+    for task in ("feature-extraction", "classification", "segmentation"):
+        pipe = transformers.pipeline(f"multisensor-image-{task}", model=folder, trust_remote_code=True)
+        found = pipe([{"rgb": pixels[0].numpy().clip(0, 1), "dsm": pixels[0, :1].numpy()}] * 3, batch_size=2, **options)
+        out[task] = found[2] if task == "feature-extraction" else sorted(found[2][0])
+        assert type(pipe).__module__.startswith("transformers_modules")
     print(json.dumps(out))
 """
 
 
-def test_the_same_checkpoint_works_through_remote_code_alone(tmp_path):
+def test_the_same_checkpoint_works_through_remote_code_alone(tmp_path, monkeypatch):
     folder = tmp_path / "checkpoint"
     model = msgfm_hf.MsGFMForPreTraining(msgfm_hf.MsGFMConfig(**TINY)).eval()
     processor = msgfm_hf.MsGFMImageProcessor.from_config(model.config)
@@ -148,6 +181,7 @@ def test_the_same_checkpoint_works_through_remote_code_alone(tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "not supported" not in done.stderr
     remote = json.loads(done.stdout.splitlines()[-1])
     with torch.no_grad():
         trunk = AutoModel.from_pretrained(folder).eval()(pixels)
@@ -159,12 +193,30 @@ def test_the_same_checkpoint_works_through_remote_code_alone(tmp_path):
     assert remote["AutoBackbone"] == [1, 48, 2, 3]
     local = processor(pixels[0].abs().clamp(max=1).mul(255).byte())["pixel_values"].sum().item()
     assert remote["AutoImageProcessor"] == pytest.approx(local)
+    assert remote["classification"] == ["label", "score"] and remote["segmentation"] == ["label", "mask", "score"]
     # With the package, its own classes win, and nobody is asked to trust anything.
+    monkeypatch.setattr("builtins.input", lambda question: pytest.fail(question))
     assert type(AutoModel.from_pretrained(folder)) is msgfm_hf.MsGFMModel
+    assert type(AutoImageProcessor.from_pretrained(folder)) is msgfm_hf.MsGFMImageProcessor
+    pipeline("image-feature-extraction", model=str(folder))
+    for task in CUSTOM_PIPELINES:
+        assert type(pipeline(task, model=str(folder))).__module__ == "msgfm_hf.model.pipeline_msgfm"
+    pipe = pipeline("multisensor-image-feature-extraction", model=str(folder))
+    place = {"rgb": pixels[0].numpy().clip(0, 1), "dsm": pixels[0, :1].numpy()}
+    assert remote["feature-extraction"] == pipe(place, unit={"rgb": "reflectance"})
+    # Saved by the package, it is a checkpoint like any other again.
+    pipe.save_pretrained(tmp_path / "again")
+    assert type(pipeline(pipe.task, model=str(tmp_path / "again"))) is type(pipe)
 
 
-def test_every_auto_class_is_named_in_the_map():
-    assert set(AUTO_MAP) == {"AutoConfig", *(auto.__name__ for auto in AUTO_CLASSES)}
+def test_everything_that_is_registered_is_named_for_remote_code():
+    assert set(AUTO_MAP) == {"AutoConfig", "AutoImageProcessor", *(auto.__name__ for auto in AUTO_CLASSES)}
+    registered = {
+        task: {"impl": f"pipeline_msgfm.{entry['impl'].__name__}", "pt": [pt.__name__ for pt in entry["pt"]]}
+        for task, entry in PIPELINE_REGISTRY.supported_tasks.items()
+        if task.startswith("multisensor-")
+    }
+    assert {task: {**entry, "type": "image"} for task, entry in registered.items()} == CUSTOM_PIPELINES
 
 
 def test_code_goes_only_beside_a_checkpoint(tmp_path):
@@ -185,6 +237,7 @@ def test_public_names_are_the_promised_ones():
         "SENSORS",
         "SensorSpec",
         "count_parameters",
+        "data_collator",
         "routing_statistics",
     ]
     for name in msgfm_hf.__all__:

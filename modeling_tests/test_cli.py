@@ -87,7 +87,7 @@ def fails(result, *parts):
 def test_help_names_every_command_with_examples(msgfm):
     code, said, _ = msgfm("--help")
     assert code == 0
-    for command in ("shards", "inspect", "evaluate", "pretrain"):
+    for command in ("shards", "inspect", "evaluate", "report", "pretrain"):
         assert f"\n    {command} " in said
     assert "msgfm shards sample --out shards" in said
 
@@ -103,6 +103,10 @@ def test_help_names_every_command_with_examples(msgfm):
             "evaluate",
             ["--model", "--data", "--split", "--mask_ratio", "--mask_seeds", "--max_crops", "--picture"],
         ),
+        (
+            "report",
+            ["RUN", "--experts", "--data", "--split", "--max_crops", "--out", "--prune", "crops.png", "mean gate"],
+        ),
         ("pretrain", ["--recipe", "--resume", "--data", "--max_steps", "examples:"]),
     ],
 )
@@ -116,11 +120,13 @@ def test_every_command_explains_itself(msgfm, command, words):
 def test_the_examples_of_the_help_are_commands_that_exist(msgfm):
     _, said, _ = msgfm("--help")
     examples = [line.split() for line in said.splitlines() if line.startswith("  msgfm ")]
-    assert len(examples) == 4
+    assert len(examples) == 5
     run = next(words for words in examples if words[1] == "evaluate")
     trained = next(words for words in examples if words[1] == "pretrain")
     # What the one writes, the other reads.
     assert "--name" in trained or run[run.index("--model") + 1] == "runs/quickstart"
+    told = next(words for words in examples if words[1] == "report")
+    assert told[2] == run[run.index("--model") + 1] and "--experts" in told
 
 
 @pytest.mark.parametrize("door", ["pretrain.py", "src/msgfm_hf/cli.py", "src/msgfm_hf/train/pretrain.py"])
@@ -133,7 +139,9 @@ def test_every_door_answers(door, monkeypatch, capsys):
     assert "usage:" in said and "examples:" in said
 
 
-@pytest.mark.parametrize("words", [[], ["shard"], ["shards"], ["inspect"], ["evaluate", "--model", "a"]])
+@pytest.mark.parametrize(
+    "words", [[], ["shard"], ["shards"], ["inspect"], ["evaluate", "--model", "a"], ["report", "a"]]
+)
 def test_an_incomplete_command_is_told_its_usage(msgfm, words):
     code, _, said = msgfm(*words)
     assert code == 2
@@ -265,6 +273,38 @@ def test_a_report_that_cannot_be_written_is_one_line(msgfm, shards, models, tmp_
     fails(msgfm(*words, "--out", tmp_path / "file" / "report.json"), "file")
 
 
+# Report
+
+
+def test_report_prints_tables_and_writes_what_it_saw(msgfm, shards, models, tmp_path):
+    words = ["report", models[0], "--experts", "--data", shards / "harbour", "--out", tmp_path / "out"]
+    code, said, _ = msgfm(*words, "--prune", "rgb")
+    assert code == 0
+    assert "layers.2.blocks.1 (tokens of 16 px): the sensor tells 0.00 of at most 0.00 bits of the expert" in said
+    row = next(line.split() for line in said.splitlines() if line.startswith("  rgb"))
+    assert row[:4] == ["rgb", "3", "3", "12"]
+    assert "| harbour | rgb → rgb | 3 | 3 | " in said
+    assert f"Dense model: {tmp_path / 'out' / 'dense'}" in said
+    report = json.loads((tmp_path / "out" / "experts.json").read_text())
+    assert report["command"].split()[:4] == ["msgfm", "report", models[0], "--experts"]
+    assert f"{report['dense']['parameters']:,} parameters, from {report['dense']['parameters_moe']:,}" in said
+    for name in ("experts.png", "crops.png"):
+        assert str(tmp_path / "out" / name) in said
+        with Image.open(tmp_path / "out" / name) as picture:
+            picture.load()
+            assert picture.format == "PNG"
+    assert MsGFMForPreTraining.from_pretrained(tmp_path / "out" / "dense").config.moe_blocks == [[], [], []]
+
+
+def test_report_of_what_cannot_be_reported_is_one_line(msgfm, shards, models, tmp_path):
+    fails(msgfm("report", tmp_path / "none", "--experts"), "`run` must be the folder of a saved model", "none")
+    fails(msgfm("report", models[0], "--experts"), "`data` must be given for a model that is not of a run")
+    result = msgfm("report", models[0], "--experts", "--data", shards, "--out", tmp_path / "o", "--prune", "rgb", "s9")
+    fails(result, "`sensors` must be a list of sensors of the model (rgb), got ['rgb', 's9']")
+    code, _, said = msgfm("report", models[0])
+    assert code == 2 and "--experts is required" in said
+
+
 # Pretrain
 
 
@@ -277,3 +317,8 @@ def test_pretrain_is_the_same_command_as_the_door(msgfm, shards, tmp_path):
     assert "Load the model with" in said and (tmp_path / "run" / "model.safetensors").is_file()
     code, _, said = msgfm(*words, "--mixed_precision", "no")
     assert code == 1 and "`output_dir` must be new" in said and "Traceback" not in said
+    # A run knows its data.
+    code, said, _ = msgfm("report", tmp_path / "run", "--experts")
+    assert code == 0 and "layers.2.blocks.1" in said
+    report = json.loads((tmp_path / "run" / "experts" / "experts.json").read_text())
+    assert report["data"] == [str(shards / "meadow")]

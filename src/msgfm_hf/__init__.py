@@ -14,16 +14,23 @@ from transformers import (
     AutoModelForPreTraining,
     AutoModelForSemanticSegmentation,
 )
+from transformers.models.auto import modeling_auto
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .model.configuration_msgfm import MsGFMConfig
 from .model.heads_msgfm import MsGFMForImageClassification, MsGFMForSemanticSegmentation
-from .model.image_processing_msgfm import MsGFMImageProcessor
+from .model.image_processing_msgfm import MsGFMImageProcessor, data_collator
 from .model.modeling_msgfm import (
     MsGFMBackbone,
     MsGFMForPreTraining,
     MsGFMModel,
     count_parameters,
     routing_statistics,
+)
+from .model.pipeline_msgfm import (
+    MultisensorImageClassificationPipeline,
+    MultisensorImageFeatureExtractionPipeline,
+    MultisensorImageSegmentationPipeline,
 )
 from .model.sensors import SENSORS, BandSpec, SensorSpec
 
@@ -40,6 +47,16 @@ AutoModelForSemanticSegmentation.register(MsGFMConfig, MsGFMForSemanticSegmentat
 AutoImageProcessor.register(
     MsGFMConfig, image_processor_classes={"torchvision": MsGFMImageProcessor, "pil": MsGFMImageProcessor}
 )
+# The stock pipeline looks into this table only, and would log that the model is not supported.
+modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES["msgfm"] = "MsGFMForSemanticSegmentation"
+for _task, _pipeline, _model in (
+    ("multisensor-image-feature-extraction", MultisensorImageFeatureExtractionPipeline, AutoModel),
+    ("multisensor-image-classification", MultisensorImageClassificationPipeline, AutoModelForImageClassification),
+    ("multisensor-image-segmentation", MultisensorImageSegmentationPipeline, AutoModelForSemanticSegmentation),
+):
+    PIPELINE_REGISTRY.register_pipeline(_task, pipeline_class=_pipeline, pt_model=_model, type="image")
+# A configuration that names its pipelines as remote code would ask for trust, though the package has them.
+MsGFMConfig.custom_pipelines = property(lambda config: {}, lambda config, pipelines: None)
 
 __all__ = [
     "SENSORS",
@@ -53,5 +70,6 @@ __all__ = [
     "MsGFMModel",
     "SensorSpec",
     "count_parameters",
+    "data_collator",
     "routing_statistics",
 ]

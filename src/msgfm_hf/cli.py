@@ -116,11 +116,50 @@ def _run_evaluate(arguments):
         )
 
 
+def _report(parser: argparse.ArgumentParser):
+    parser.add_argument("model", metavar="RUN", help="folder of a run, of a checkpoint, or of any saved model")
+    kinds = parser.add_mutually_exclusive_group(required=True)
+    kinds.add_argument("--experts", action="store_true", help="whose tokens each expert takes")
+    parser.add_argument(
+        "--data", action="append", help="folder of shards, or of such folders; repeatable (default those of the run)"
+    )
+    parser.add_argument("--split", default="val", help="split whose crops are looked at (default val)")
+    parser.add_argument("--max_crops", type=int, help="at most this many crops per source (default all)")
+    parser.add_argument("--out", metavar="FOLDER", help="where to write (default RUN/experts)")
+    parser.add_argument(
+        "--prune",
+        nargs="+",
+        metavar="SENSOR",
+        help="also write FOLDER/dense, a model without experts for these sensors",
+    )
+    parser.set_defaults(run=_run_report)
+
+
+def _run_report(arguments):
+    from msgfm_hf.train.experts import format_experts, report_experts
+
+    out = Path(arguments.out or Path(arguments.model) / "experts")
+    report = report_experts(
+        arguments.model,
+        arguments.data,
+        out,
+        arguments.split,
+        max_crops=arguments.max_crops,
+        prune=arguments.prune,
+        command=arguments.given,
+    )
+    print(format_experts(report))
+    print(f"\nWritten: {out / 'experts.json'}  {out / 'experts.png'}  {out / 'crops.png'}")
+    if arguments.prune:
+        print(f"Dense model: {out / 'dense'}")
+
+
 # What only one command needs is imported inside it: `msgfm inspect` has no use for accelerate.
 _COMMANDS = {
     "shards": ("make shards, the training format, out of imagery", _shards),
     "inspect": ("say and show what is in shards", _inspect),
     "evaluate": ("masked reconstruction and crossings on held-out places, beside baselines", _evaluate),
+    "report": ("what the experts of a model take, and a dense model of some of them", _report),
 }
 _DESCRIPTIONS = {
     "shards": "Shards are folders of Parquet files, one per source; paired sensors share a row.\n\n"
@@ -135,6 +174,15 @@ _DESCRIPTIONS = {
     "the partner. Several models are seeds of one recipe: their median and range are shown.\n\n"
     "  msgfm evaluate --model runs/sample --data runs/data/sample\n"
     "  msgfm evaluate --model runs/a --model runs/b --data shards --out results/mine.json",
+    "report": "Where the tokens of each sensor go, block by block: the share that each expert takes, its entropy,\n"
+    "what the sensor tells of the expert (mutual information, in bits, all sensors weighing the same), and the crops\n"
+    "each expert takes most of. Writes experts.json, experts.png (sensor x expert) and crops.png (of the block where\n"
+    "the sensor tells most). Nothing is masked; tokens without a valid pixel do not count.\n\n"
+    "--prune makes a dense model: in each block the expert that the given sensors use most, in training, becomes the\n"
+    "MLP, multiplied by its mean gate. It says what that costs on the split, beside leaving these MLPs out.\n\n"
+    "  msgfm report runs/sample --experts                    on the validation split of the run's own data\n"
+    "  msgfm report runs/sample --experts --prune s1 s2      and a dense model for Sentinel-1 and -2\n"
+    "  msgfm report my-model --experts --data shards --split test --out results/experts",
 }
 
 
@@ -152,7 +200,8 @@ def main(argv: list[str] | None = None):
         "  msgfm shards sample --out shards            real samples -> shards (MSGFM_SAMPLE_DATA)\n"
         "  msgfm inspect shards/terramesh              what is in them, with a contact sheet\n"
         "  msgfm pretrain --data shards --name mine --max_steps 500\n"
-        "  msgfm evaluate --model runs/mine --data shards",
+        "  msgfm evaluate --model runs/mine --data shards\n"
+        "  msgfm report runs/mine --experts            which expert takes whose tokens",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

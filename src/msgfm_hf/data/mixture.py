@@ -243,11 +243,11 @@ def crop(image: ShardImage, top: int, left: int, image_size: int, down: int = 1,
     `down` and `across` are -1 to mirror the rows or the columns. Padding comes after that, right and bottom.
     """
     window = image.pixels[:, top : top + image_size, left : left + image_size][:, ::down, ::across]
-    bands, height, width = window.shape
-    pixels = np.zeros((bands, image_size, image_size), image.pixels.dtype.newbyteorder("="))
-    valid = np.zeros((image_size, image_size), dtype=bool)
-    pixels[:, :height, :width] = window
-    valid[:height, :width] = valid_pixels(window, image.nodata)
+    pixels = np.array(window, image.pixels.dtype.newbyteorder("="), order="C")
+    valid = valid_pixels(window, image.nodata)
+    if valid.shape != (image_size, image_size):
+        missing = [(0, image_size - length) for length in valid.shape]
+        pixels, valid = np.pad(pixels, [(0, 0), *missing]), np.pad(valid, missing)
     return {"pixels": pixels, "valid": valid, "scale": image.scale, "offset_dn": image.offset_dn}
 
 

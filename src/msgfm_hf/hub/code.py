@@ -14,15 +14,32 @@ AUTO_MAP = {
     "AutoModelForMaskedImageModeling": "modeling_msgfm.MsGFMForPreTraining",
     "AutoModelForImageClassification": "heads_msgfm.MsGFMForImageClassification",
     "AutoModelForSemanticSegmentation": "heads_msgfm.MsGFMForSemanticSegmentation",
+    "AutoImageProcessor": "image_processing_msgfm.MsGFMImageProcessor",
 }
-PROCESSOR_AUTO_MAP = {"AutoImageProcessor": "image_processing_msgfm.MsGFMImageProcessor"}
+CUSTOM_PIPELINES = {
+    "multisensor-image-feature-extraction": {
+        "impl": "pipeline_msgfm.MultisensorImageFeatureExtractionPipeline",
+        "pt": ["AutoModel"],
+        "type": "image",
+    },
+    "multisensor-image-classification": {
+        "impl": "pipeline_msgfm.MultisensorImageClassificationPipeline",
+        "pt": ["AutoModelForImageClassification"],
+        "type": "image",
+    },
+    "multisensor-image-segmentation": {
+        "impl": "pipeline_msgfm.MultisensorImageSegmentationPipeline",
+        "pt": ["AutoModelForSemanticSegmentation"],
+        "type": "image",
+    },
+}
 
 
 def write_model_code(folder: str | os.PathLike) -> list[Path]:
     """Copy the files of `model/` into a saved checkpoint and name their classes in its configuration.
 
     After this `AutoModel.from_pretrained(folder, trust_remote_code=True)` works without the package, and so do all
-    other Auto classes of the model.
+    other Auto classes of the model and `pipeline(task, model=folder, trust_remote_code=True)` of its own pipelines.
 
     Args:
         folder: a folder that `save_pretrained` of a model wrote, and possibly of its image processor.
@@ -45,13 +62,18 @@ def write_model_code(folder: str | os.PathLike) -> list[Path]:
                 shutil.copyfile(path, temporary)
             os.replace(temporary, folder / file.name)
             written.append(folder / file.name)
-    # The configurations last: they name the files above.
-    for name, auto_map in (("config.json", AUTO_MAP), ("preprocessor_config.json", PROCESSOR_AUTO_MAP)):
+    # The configurations last: they name the files above. The processor's must not: where it names its class, nobody
+    # looks into the model's, and where it names its code, pipelines expect code of a video processor beside it.
+    named_by_processor = ("image_processor_type", "auto_map")
+    for name, dropped, added in (
+        ("config.json", (), {"auto_map": AUTO_MAP, "custom_pipelines": CUSTOM_PIPELINES}),
+        ("preprocessor_config.json", named_by_processor, {}),
+    ):
         path = folder / name
         if path.is_file():
-            entries = {**json.loads(path.read_text()), "auto_map": auto_map}
+            entries = {key: value for key, value in json.loads(path.read_text()).items() if key not in dropped}
             temporary = folder / f".{name}"
-            temporary.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
+            temporary.write_text(json.dumps({**entries, **added}, indent=2, sort_keys=True) + "\n")
             os.replace(temporary, path)
             written.append(path)
     return written

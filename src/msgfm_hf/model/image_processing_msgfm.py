@@ -10,6 +10,7 @@ import math
 import numbers
 import os
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -100,7 +101,7 @@ class MsGFMBatchFeature(BatchFeature):
         super().to(*args, **kwargs)
         for key, value in self.data.items():
             if isinstance(value, dict):
-                self.data[key] = BatchFeature(value).to(*args, **kwargs).data
+                self.data[key] = type(value)(BatchFeature(value).to(*args, **kwargs).data)
         # Half precision would round a height of 1000 m to whole metres; only the device follows.
         if isinstance(reference, dict):
             moved = self.data["reference"]
@@ -859,8 +860,32 @@ class MsGFMImageProcessor(BaseImageProcessor):
             for image, size in zip(logits, target_sizes, strict=True)
         ]
 
+    def output_bands(
+        self, images, sensor: str | None = None, bands: list[str] | dict[str, list[str]] | None = None
+    ) -> dict[str, list[str]]:
+        """The bands that `preprocess` puts out for the same arguments, in their order: what the model's `bands` takes.
+
+        Args:
+            images, sensor, bands: as in `preprocess`; of `images` only the names of the sensors are read.
+
+        Returns:
+            `dict[str, list[str]]`: `{sensor: names of its bands}`.
+
+        Raises:
+            ValueError: for an unknown sensor or band, or one that is not among the images.
+        """
+        name = self._name_sensor(images, sensor)
+        names = list(images) if name is None else [name]
+        chosen = self._options(names, bands=bands)["bands"]
+        return {name: self._order(get_sensor(name, self.sensors), chosen[name]) for name in names}
+
     def _select(self, spec, bands) -> list[BandSpec]:
         return spec.select(self.inputs.get(spec.id) if bands is None else bands)
+
+    def _order(self, spec, bands) -> list[str]:
+        """The expected bands, named in another order (a BGR array), come out in the expected one."""
+        chosen, expected = ([band.name for band in self._select(spec, names)] for names in (bands, None))
+        return expected if set(expected) == set(chosen) else chosen
 
     def _name_sensor(self, images, sensor) -> str | None:
         """The sensor of a bare image; `None` for a dictionary, which names its own."""
@@ -953,9 +978,7 @@ class MsGFMImageProcessor(BaseImageProcessor):
                 "physical = (stored + offset) * scale."
             )
         chosen = [band.name for band in self._select(spec, bands)]
-        # The expected bands in another order (a BGR array) are brought into the model's.
-        expected = [band.name for band in self._select(spec, None)]
-        output = expected if set(expected) == set(chosen) else chosen
+        output = self._order(spec, bands)
         order = [chosen.index(band) for band in output]
         if isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4:
             images = list(images)
@@ -1007,6 +1030,97 @@ class MsGFMImageProcessor(BaseImageProcessor):
             reference=reference,
             sources=sources,
         )
+
+
+class _BySensor(dict):
+    """`{sensor: tensor}` that can tell its size, which `Trainer` multiplies into its count of operations."""
+
+    def numel(self) -> int:
+        return sum(tensor.numel() for tensor in self.values())
+
+
+def data_collator(samples: list[Mapping]) -> MsGFMBatchFeature:
+    """Samples -> a batch for any head, of one sensor or of several. It serves `torch.utils.data.DataLoader`
+    (`collate_fn=`) and Transformers' `Trainer` (`data_collator=`, with `remove_unused_columns=False`).
+
+    ```python
+    samples = [{**processor({"s1": s1, "s2": s2}), "labels": 3} for s1, s2 in places]
+    loss = model(**data_collator(samples)).loss
+    ```
+
+    Args:
+        samples (`list[Mapping]`):
+            Each is what the image processor returns for one image: tensors, or `{sensor: tensor}`, whose first axis is
+            1 (`pixel_values` (1, C, H, W), `valid_mask` (1, H, W), `reference` (1,)), and possibly `labels`, without
+            such an axis: a class id, a number, or a tensor (labels,) or (H, W).
+
+    Returns:
+        `MsGFMBatchFeature`: the same keys; `pixel_values` (B, C, H, W) or `{sensor: (B, C, H, W)}`, and so on; `labels`
+        (B,), (B, labels) or (B, H, W).
+
+    Raises:
+        ValueError: if samples differ in their keys, sensors or sizes, or hold something else, such as text.
+    """
+    if not samples or not all(isinstance(sample, Mapping) for sample in samples):
+        raise ValueError(
+            "`samples` must be dictionaries, at least one, got "
+            f"{', '.join(sorted({type(sample).__name__ for sample in samples})) or 'none'}. Pass what the image "
+            "processor returns, with `labels`."
+        )
+    batch = {}
+    for key in _same_keys(samples, "samples", "entries"):
+        values = [sample[key] for sample in samples]
+        if key == "labels":
+            values = [_label(value) for value in values]
+            batch[key] = torch.stack(_same_shape(values, key))
+        elif all(isinstance(value, Mapping) for value in values):
+            sensors = _same_keys(values, key, "sensors")
+            batch[key] = _BySensor(
+                {sensor: _join([value[sensor] for value in values], f"{key}[{sensor}]") for sensor in sensors}
+            )
+        else:
+            batch[key] = _join(values, key)
+    return MsGFMBatchFeature(batch)
+
+
+def _same_keys(mappings: list[Mapping], argument: str, what: str) -> list[str]:
+    for mapping in mappings:
+        if set(mapping) != set(mappings[0]):
+            raise ValueError(
+                f"`{argument}` must have the same {what} in every sample of a batch, got {', '.join(mappings[0])} and "
+                f"{', '.join(mapping)}. Batch samples of the same {what}."
+            )
+    return list(mappings[0])
+
+
+def _same_shape(values: list[Tensor], key: str) -> list[Tensor]:
+    shapes = sorted({tuple(value.shape) for value in values})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"`{key}` must have one shape in all samples of a batch, got {', '.join(map(str, shapes))}. Crop the "
+            "images to one size, or batch those of one size."
+        )
+    return values
+
+
+def _join(values: list, key: str) -> Tensor:
+    for value in values:
+        if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != 1:
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"`{key}` must be a tensor whose first axis is 1, as the image processor returns it for one image, got "
+                f"{got}. Leave out what the model does not read, and name the target `labels`."
+            )
+    return torch.cat(_same_shape(values, key))
+
+
+def _label(label) -> Tensor:
+    if not isinstance(label, (numbers.Real, np.ndarray, Tensor)):
+        raise ValueError(
+            f"`labels` must be numbers, arrays or tensors, got {type(label).__name__} {label!r:.40}. Names become ids "
+            "with `model.config.label2id`, lists tensors with `torch.tensor`."
+        )
+    return torch.as_tensor(label)
 
 
 class _Config(NamedTuple):
@@ -1197,4 +1311,11 @@ def _find_bands(names, count, spec, chosen, by_name) -> tuple[list[int], list[st
     return index, [names[position] for position in index]
 
 
-__all__ = ["GeoTiff", "MsGFMImageProcessor", "MsGFMImageProcessorKwargs", "Radiometry", "read_geotiff"]
+__all__ = [
+    "GeoTiff",
+    "MsGFMImageProcessor",
+    "MsGFMImageProcessorKwargs",
+    "Radiometry",
+    "data_collator",
+    "read_geotiff",
+]

@@ -5,10 +5,12 @@ import os
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from msgfm_hf.data.shards import ShardSource
@@ -152,34 +154,40 @@ def _locate(batches: list[MaskedCrops], pick: int) -> tuple[int, int]:
     return number, int(pick - starts[number])
 
 
-def _draw_one(axes, processor, source, batch, place, prediction, sensor, target, region, gsd, title):
-    def physical(values, name):
-        return processor.inverse_radiometry(
-            values[None].cpu(),
-            batch.valid_mask[name][place][None].cpu(),
-            name,
-            bands=source.bands[name],
-            unit=get_sensor(name, processor.sensors).unit,
-            level=source.levels[name],
-            reference=torch.zeros(1) if get_sensor(name, processor.sensors).reference else None,
-        )[0].numpy()
+def _physical(processor, source, batch, place, sensor, values=None) -> np.ndarray:
+    """(C, H, W) in the unit of the sensor's statistics, NaN where invalid: one image of a batch, or what is given for
+    it; heights stay relative to their reference."""
+    spec = get_sensor(sensor, processor.sensors)
+    values = batch.pixel_values[sensor][place] if values is None else values
+    return processor.inverse_radiometry(
+        values[None].cpu(),
+        batch.valid_mask[sensor][place][None].cpu(),
+        sensor,
+        bands=source.bands[sensor],
+        unit=spec.unit,
+        level=source.levels[sensor],
+        reference=torch.zeros(1) if spec.reference else None,
+    )[0].numpy()
 
+
+def _draw_one(axes, processor, source, batch, place, prediction, sensor, target, region, gsd, title):
     masked = counted_pixels(batch, sensor, None)[place].cpu().numpy()
     truth = batch.pixel_values[target][place]
     counted = counted_pixels(batch, sensor, target)[place].cpu().numpy()
-    stretch = _Stretch(get_sensor(target, processor.sensors), source.bands[target], physical(truth, target))
-    given = physical(batch.pixel_values[sensor][place], sensor)
+    true = _physical(processor, source, batch, place, target)
+    stretch = _Stretch(get_sensor(target, processor.sensors), source.bands[target], true)
+    given = _physical(processor, source, batch, place, sensor)
     input_stretch = stretch
     if sensor != target:
         input_stretch = _Stretch(get_sensor(sensor, processor.sensors), source.bands[sensor], given)
-    guess = physical(prediction.to(truth.device), target)
+    guess = _physical(processor, source, batch, place, target, prediction.to(truth.device))
     hidden = None
     if sensor == target:
         guess = np.where(masked, guess, given)
     elif region == "masked":
         hidden = ~masked
 
-    pictures = [input_stretch.draw(axes[0], given, masked), stretch.draw(axes[1], physical(truth, target))]
+    pictures = [input_stretch.draw(axes[0], given, masked), stretch.draw(axes[1], true)]
     pictures.append(stretch.draw(axes[2], guess, hidden))
     error = (prediction - truth).abs().mean(0).cpu().numpy()
     error = np.ma.masked_where(~counted, error)
@@ -263,7 +271,7 @@ def draw_expert_load(
         valid_mask=[batch.valid_mask for _, batch in batches],
         output_router_logits=True,
     )
-    statistics = routing_statistics(out, config.num_experts, config.router_noise)
+    statistics = routing_statistics(out, config)
     sensors = list(statistics)
     blocks = [(stage + 1, block) for stage, found in enumerate(config.moe_blocks) for block in sorted(found)]
     with _style():
@@ -294,3 +302,126 @@ def draw_expert_load(
         figure.colorbar(picture, ax=axes[0], label="share of the sensor's tokens", fraction=0.03)
         figure.suptitle("Where the tokens of each sensor go (validation crops, nothing dropped)", fontsize=9)
         return _save(figure, path)
+
+
+def draw_experts(report: dict, path: Path) -> Path:
+    """A heatmap sensor x expert per block of a report of `experts.analyse_experts`: who takes whose tokens."""
+    blocks, experts = report["blocks"], report["num_experts"]
+    columns = min(len(blocks), 3)
+    rows = -(-len(blocks) // columns)
+    sensors = list(report["n"])
+    with _style():
+        figure, axes = plt.subplots(
+            rows,
+            columns,
+            figsize=(columns * (0.52 * experts + 1.9) + 0.8, rows * (0.42 * len(sensors) + 1.1) + 0.6),
+            squeeze=False,
+            constrained_layout=True,
+        )
+        for panel, block in zip(axes.flat, blocks, strict=False):
+            found = [block["sensors"][sensor] for sensor in sensors]
+            table = np.array([row["share"] for row in found])
+            picture = panel.imshow(table, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+            for (i, j), value in np.ndenumerate(table):
+                colour = "white" if value < 0.6 else "black"
+                panel.text(j, i, f"{value:.0%}", ha="center", va="center", fontsize=7, color=colour)
+            panel.set_title(f"{block['name']}\nsensor tells {block['mutual_information_bits']:.2f} bits of the expert")
+            panel.set_xticks(range(experts))
+            panel.set_yticks(range(len(sensors)), sensors)
+            right = panel.secondary_yaxis("right")
+            right.set_yticks(range(len(sensors)), [f"{row['entropy_bits']:.2f}" for row in found])
+            right.set_ylabel("entropy, bits")
+            panel.set_xlabel("expert")
+        for panel in axes.flat[len(blocks) :]:
+            panel.set_axis_off()
+        figure.colorbar(picture, ax=axes, label="share of the sensor's tokens", fraction=0.03)
+        crops = ", ".join(f"{sensor} {n['crops']} in {n['places']}" for sensor, n in report["n"].items())
+        figure.suptitle(
+            f"Which expert takes whose tokens (entropy at most {report['max_entropy_bits']:.2f} bits)\n"
+            f"crops in places: {crops}",
+            fontsize=9,
+        )
+        return _save(figure, path)
+
+
+class ExpertCrop(NamedTuple):
+    """One crop and the tokens of it that an expert takes.
+
+    Args:
+        source, sensor: whose image it is.
+        crops: a batch of this crop alone.
+        found: its entry in the report.
+        taken: bool (h, w), the expert's tokens.
+        stride: pixels per side of a token.
+    """
+
+    source: ShardSource
+    sensor: str
+    crops: MaskedCrops
+    found: dict
+    taken: np.ndarray
+    stride: int
+
+
+def draw_expert_crops(
+    processor: MsGFMImageProcessor, block: dict, rows: Sequence[Sequence[ExpertCrop]], path: Path
+) -> Path:
+    """A row per expert of one block: the crops it takes most of, its tokens outlined and the others' greyed."""
+    columns = max(1, *map(len, rows))
+    with _style():
+        figure, axes = plt.subplots(
+            len(rows),
+            columns,
+            figsize=(1.9 * columns + 0.6, 2.35 * len(rows) + 0.7),
+            squeeze=False,
+            layout="constrained",
+        )
+        for expert, (panels, crops) in enumerate(zip(axes, rows, strict=True)):
+            for panel in panels:
+                panel.set_xticks([])
+                panel.set_yticks([])
+            panels[0].set_ylabel(f"expert {expert}", fontsize=10)
+            for panel in panels[len(crops) :]:
+                panel.spines[:].set_visible(False)
+            if not crops:
+                panels[0].text(0.5, 0.5, "takes nothing", ha="center", va="center", transform=panels[0].transAxes)
+            for panel, crop in zip(panels, crops, strict=False):
+                _draw_expert_crop(panel, processor, crop)
+        figure.suptitle(
+            f"{block['name']}: the crops each expert takes most of. Outlined: its tokens, {block['stride']} px each; "
+            "grey: those of other experts.",
+            fontsize=9,
+        )
+        figure.get_layout_engine().set(h_pad=0.1)
+        return _save(figure, path)
+
+
+def _draw_expert_crop(panel, processor: MsGFMImageProcessor, crop: ExpertCrop):
+    found = crop.found
+    values = _physical(processor, crop.source, crop.crops, 0, crop.sensor)
+    stretch = _Stretch(get_sensor(crop.sensor, processor.sensors), crop.source.bands[crop.sensor], values)
+    stretch.draw(panel, values)
+    height, width = values.shape[1:]
+    lit = crop.taken.repeat(crop.stride, 0).repeat(crop.stride, 1)[:height, :width]
+    wash = np.full((height, width, 4), _HIDDEN)
+    wash[..., 3] = np.where(lit, 0, 0.8)
+    panel.imshow(wash, interpolation="nearest")
+    panel.add_collection(LineCollection(_outline(lit), colors="#ff2d95", linewidths=1.5))
+    panel.set_xlim(-0.5, width - 0.5)
+    panel.set_ylim(height - 0.5, -0.5)
+    _scale_bar(panel, width, crop.source.read(found["row"])["images"][crop.sensor].gsd)
+    bands = "true colour"
+    if len(stretch.index) == 1:
+        bands = f"{stretch.label}: {stretch.low[0]:.3g} to {stretch.high[0]:.3g}"
+    name = found["key"] if len(found["key"]) < 29 else f"{found['key'][:13]}…{found['key'][-14:]}"
+    panel.set_title(f"{found['share']:.0%} of {found['tokens']} tokens, gate {found['gate']:.2f}", fontsize=7.5)
+    panel.set_xlabel(f"{crop.source.name}, {crop.sensor}, {bands}\n{name}", fontsize=6.5)
+
+
+def _outline(lit: np.ndarray) -> list[list[tuple[float, float]]]:
+    """The edges between lit pixels and all others, in the coordinates of `imshow`."""
+    padded = np.pad(lit, 1)
+    lines = [[(x - 0.5, y - 0.5), (x + 0.5, y - 0.5)] for y, x in np.argwhere(padded[1:, 1:-1] != padded[:-1, 1:-1])]
+    return lines + [
+        [(x - 0.5, y - 0.5), (x - 0.5, y + 0.5)] for y, x in np.argwhere(padded[1:-1, 1:] != padded[1:-1, :-1])
+    ]

@@ -1,0 +1,198 @@
+# Copyright 2026 The msgfm_hf contributors. Licensed under the Apache License, Version 2.0.
+"""Pipelines for images of any sensor: what goes in is what the image processor takes, what comes out is what the stock
+pipelines of Transformers give.
+
+A place is an image (numpy array, tensor, PIL image or the path of a GeoTIFF) of the checkpoint's single sensor, or
+`{sensor: image}` with one image per sensor on one pixel grid; a list, a generator or a dataset holds several places.
+With `batch_size`, places of equal size and sensors share one forward, others run apart; results do not depend on it.
+The model is put into evaluation mode.
+
+Arguments, at construction or in a call: `sensor`, `bands`, `unit`, `scale`, `offset`, `level`, `nodata`, `reference`,
+`check` and `input_data_format` as in `MsGFMImageProcessor.preprocess`, for all places; entries of `{sensor: value}` for
+a sensor that a place lacks are left out there. `ValueError` for input that is not as described.
+"""
+
+import torch
+from torch import Tensor
+from transformers.image_transforms import to_pil_image
+from transformers.pipelines import (
+    ImageClassificationPipeline,
+    ImageFeatureExtractionPipeline,
+    ImageSegmentationPipeline,
+    Pipeline,
+)
+from transformers.utils import ModelOutput
+
+from .image_processing_msgfm import data_collator
+
+_PROCESSOR_OPTIONS = (
+    "sensor",
+    "bands",
+    "unit",
+    "scale",
+    "offset",
+    "level",
+    "nodata",
+    "reference",
+    "check",
+    "input_data_format",
+)
+
+
+class _MultisensorPipeline(Pipeline):
+    _load_tokenizer = False
+    _load_video_processor = False
+    _parameters: tuple[str, ...]  # of the call, besides those of the image processor
+    _outputs: tuple[str, ...]  # of the model, each with the batch as its first axis
+
+    def _sanitize_parameters(self, **parameters):
+        known = (*_PROCESSOR_OPTIONS, *self._parameters)
+        unknown = sorted(set(parameters) - set(known))
+        if unknown:
+            raise ValueError(
+                f"`{type(self).__name__}` has the arguments {', '.join(known)}, got {', '.join(unknown)}. Correct or "
+                "remove them."
+            )
+        options = {name: value for name, value in parameters.items() if name in _PROCESSOR_OPTIONS}
+        rest = {name: value for name, value in parameters.items() if name in self._parameters}
+        return options, {}, super()._sanitize_parameters(**rest)[2]
+
+    def preprocess(self, images, sensor=None, bands=None, **options):
+        """One place -> `inputs`, as the image processor gives them, and `bands`, both by sensor."""
+        sensors = self.image_processor.output_bands(images, sensor)
+        if not isinstance(images, dict):
+            images = dict.fromkeys(sensors, images)
+        # Options are given for a list of places, of which some lack a sensor.
+        bands = self._of_place(bands, images)
+        options = {name: self._of_place(value, images) for name, value in options.items()}
+        inputs = self.image_processor(images, bands=bands, **options, return_tensors="pt")
+        counts = {sensor: len(pixels) for sensor, pixels in inputs["pixel_values"].items()}
+        if set(counts.values()) != {1}:
+            raise ValueError(
+                f"`images` of a place must be one per sensor, got {counts}. Give a list of places, [place, ...], where "
+                "a place is an image or {sensor: image}."
+            )
+        return {"inputs": inputs, "bands": self.image_processor.output_bands(images, bands=bands)}
+
+    def _of_place(self, value, images):
+        """An option {sensor: value} without the sensors that a place lacks; unknown ones stay, to be refused."""
+        if not isinstance(value, dict):
+            return value
+        known = self.image_processor.sensors
+        return {sensor: entry for sensor, entry in value.items() if sensor in images or sensor not in known}
+
+    def _forward(self, model_inputs):
+        inputs, bands = model_inputs["inputs"], model_inputs["bands"]
+        if isinstance(bands, dict):
+            return self._predict([inputs], bands)
+        # A batch: places that differ in size or sensors cannot share a forward, and run apart.
+        alike = {}
+        for index, place in enumerate(inputs):
+            key = tuple(sorted((sensor, pixels.shape) for sensor, pixels in place["pixel_values"].items()))
+            alike.setdefault(key, []).append(index)
+        rows = {}
+        for indices in alike.values():
+            outputs = self._predict([inputs[index] for index in indices], bands[indices[0]])
+            for row, index in enumerate(indices):
+                rows[index] = {name: tensor[row] for name, tensor in outputs.items()}
+        return ModelOutput({name: [rows[index][name] for index in range(len(inputs))] for name in rows[0]})
+
+    def _predict(self, places, bands) -> ModelOutput:
+        # In training, dropout and the capacity of the experts would let an image's result depend on its batch.
+        self.model.eval()
+        outputs = self.model(**data_collator(places), bands=bands)
+        missing = [name for name in self._outputs if outputs.get(name) is None]
+        if missing:
+            raise ValueError(
+                f"`model` must give {', '.join(self._outputs)} for {self.task or type(self).__name__!r}, got "
+                f"{type(self.model).__name__} without {', '.join(missing)}. Load one by `pipeline(task, model=folder)`."
+            )
+        return ModelOutput({name: outputs[name] for name in self._outputs})
+
+
+class MultisensorImageFeatureExtractionPipeline(_MultisensorPipeline, ImageFeatureExtractionPipeline):
+    """Features of places, for the task `multisensor-image-feature-extraction`; for its input see the top of this file.
+
+    ```python
+    extractor = pipeline("multisensor-image-feature-extraction", model=folder)
+    vectors = extractor([{"s1": "s1.tif", "s2": "s2.tif"}], offset={"s2": -1000}, pool=True, return_tensors=True)
+    ```
+
+    Its own arguments are those of the stock pipeline: `pool` (`bool`, defaults to `False`: whether to give the mean of
+    the tokens with a valid pixel) and `return_tensors` (`bool`, defaults to `False`).
+
+    Returns, per place: nested lists or a tensor, (1, tokens, channels), with `pool` (1, channels).
+    """
+
+    _parameters = ("pool", "return_tensors")
+    _outputs = ("last_hidden_state", "pooler_output")
+
+
+class MultisensorImageClassificationPipeline(_MultisensorPipeline, ImageClassificationPipeline):
+    """Classes of places, for the task `multisensor-image-classification`; for its input see the top of this file.
+
+    ```python
+    classifier = pipeline("multisensor-image-classification", model=folder)
+    labels = classifier([{"s1": "a.tif"}, {"s1": "b.tif"}], unit="db", batch_size=2, top_k=3)
+    ```
+
+    Its own arguments are those of the stock pipeline: `top_k` (`int`, defaults to 5) and `function_to_apply` (`str`:
+    `softmax`, `sigmoid` or `none`; by default sigmoid for several labels at once or a single one, none for regression,
+    otherwise softmax).
+
+    Returns, per place: a list of `{"label": str, "score": float}`, the highest score first.
+    """
+
+    _parameters = ("top_k", "function_to_apply")
+    _outputs = ("logits",)
+
+
+class MultisensorImageSegmentationPipeline(_MultisensorPipeline, ImageSegmentationPipeline):
+    """Masks of the classes in places, for the task `multisensor-image-segmentation`; for its input see the top of this
+    file.
+
+    ```python
+    segmenter = pipeline("multisensor-image-segmentation", model=folder)
+    masks = segmenter({"s1": "s1.tif", "dsm": "dsm.tif"}, unit={"s1": "power"})
+    ```
+
+    Returns, per place: a list of `{"label": str, "mask": PIL.Image.Image, "score": None}`, one for each class that
+    occurs. A mask has the size of the image, 255 where the class has the highest logit, else 0. A pixel that is invalid
+    in every sensor is in no mask.
+    """
+
+    _parameters = ()
+    _outputs = ("logits",)
+
+    def check_model_type(self, supported_models):
+        """Nothing: the table holds the models of Transformers only, and `_predict` looks at what comes out."""
+
+    def _predict(self, places, bands) -> ModelOutput:
+        outputs = super()._predict(places, bands)
+        outputs["valid_mask"] = torch.cat([_valid_in_any(place["valid_mask"]) for place in places])
+        return outputs
+
+    def postprocess(self, model_outputs):
+        classes = self.image_processor.post_process_semantic_segmentation(model_outputs)[0]
+        valid = model_outputs["valid_mask"][0]
+        return [
+            {"score": None, "label": self.model.config.id2label[label], "mask": _picture(valid & (classes == label))}
+            for label in classes[valid].unique().tolist()
+        ]
+
+
+def _valid_in_any(masks: dict[str, Tensor]) -> Tensor:
+    return torch.stack(list(masks.values())).any(dim=0)
+
+
+def _picture(mask: Tensor):
+    """(H, W), bool -> a PIL image of 0 and 255."""
+    pixels = mask.to(torch.uint8).mul(255).numpy()
+    return to_pil_image(pixels[None], do_rescale=False, input_data_format="channels_first")
+
+
+__all__ = [
+    "MultisensorImageClassificationPipeline",
+    "MultisensorImageFeatureExtractionPipeline",
+    "MultisensorImageSegmentationPipeline",
+]
