@@ -469,5 +469,5 @@ def test_damaged_validation_rows_are_an_error(folder, tmp_path, processor, model
 def test_crops_are_those_of_the_grid(validation, processor, model):
     (batch,) = masked_crops(validation, processor, model, 0.6, 0, None, 8)
     stored = EvaluationCrops(validation, SIZE)[2]["images"]["rgb"]["pixels"]
-    red = (torch.from_numpy(stored[0]).double() / 255 - 0.485) / 0.229
+    red = (torch.tensor(stored[0]).double() / 255 - 0.485) / 0.229
     torch.testing.assert_close(batch.pixel_values["rgb"][2, 0], red.float(), atol=1e-5, rtol=1e-5)

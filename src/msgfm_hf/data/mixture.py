@@ -240,10 +240,11 @@ def grid_crops(height: int, width: int, image_size: int) -> list[tuple[int, int]
 def crop(image: ShardImage, top: int, left: int, image_size: int, down: int = 1, across: int = 1) -> dict:
     """A square window as a sample of one sensor: `pixels`, `valid`, `scale`, `offset_dn`.
 
-    `down` and `across` are -1 to mirror the rows or the columns. Padding comes after that, right and bottom.
+    `down` and `across` are -1 to mirror the rows or the columns. Padding comes after that, right and bottom. Without it
+    the pixels are a view of the image's: `batch.collate` copies them, once.
     """
     window = image.pixels[:, top : top + image_size, left : left + image_size][:, ::down, ::across]
-    pixels = np.array(window, image.pixels.dtype.newbyteorder("="), order="C")
+    pixels = np.asarray(window, image.pixels.dtype.newbyteorder("="))
     valid = valid_pixels(window, image.nodata)
     if valid.shape != (image_size, image_size):
         missing = [(0, image_size - length) for length in valid.shape]

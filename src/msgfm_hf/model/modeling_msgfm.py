@@ -14,7 +14,6 @@ width runs, the rim being padded out of sight of attention, experts and statisti
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -558,8 +557,8 @@ def router_aux_loss(config: MsGFMConfig, router_logits: torch.Tensor, noisy_logi
 class MsGFMExperts(nn.Module):
     """E MLPs with their weights stacked, in the layout Transformers' expert kernels read.
 
-    `forward` is what the implementation "eager" stands for, and the default: tokens sorted by expert, then one matrix
-    product per expert on the CPU, one grouped product on CUDA, without a transfer to the host.
+    `forward` is what the implementation "eager" stands for, and the default: tokens sorted by expert and one grouped
+    product per layer, in the autocast dtype; on CUDA without a transfer to the host.
     """
 
     def __init__(self, config: MsGFMConfig, dim: int):
@@ -582,62 +581,55 @@ class MsGFMExperts(nn.Module):
             top_k_index: int64 (T, K); E = dropped, which contributes exactly nothing.
             top_k_weights: (T, K).
         """
-        if torch.compiler.is_exporting():
-            return self._one_after_another(hidden_states, top_k_index, top_k_weights)
         device = hidden_states.device
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else hidden_states.dtype
-        compiling = torch.compiler.is_compiling()
-        if compiling and dtype != torch.bfloat16:
+        # What grouped_mm takes: rows of whole 16 bytes, and no double precision.
+        fits = dtype != torch.float64 and all(width * dtype.itemsize % 16 == 0 for width in self.up_proj.shape[1:])
+        compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        if compiling and not (fits and dtype == torch.bfloat16):
             # The compiler knows grouped products in bf16 only; Transformers hides the others from it.
             return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
+        if torch.compiler.is_exporting() or not fits:
+            return self._one_after_another(hidden_states, top_k_index, top_k_weights)
 
         tokens, top_k = top_k_index.shape
         expert, order = top_k_index.flatten().sort(stable=True)
-        # Where each expert's run of tokens ends; dropped ones lie behind the last.
-        ends = torch.searchsorted(expert, torch.arange(self.num_experts, device=device), right=True)
-        inputs = hidden_states.index_select(0, order // top_k)
-        if compiling or hidden_states.is_cuda:
-            outputs = self._grouped(inputs.to(dtype), expert.unsqueeze(1), ends.to(torch.int32))
-        else:
-            outputs = self._looped(inputs, ends.tolist())
-        outputs = outputs * top_k_weights.flatten().index_select(0, order).unsqueeze(1).to(outputs.dtype)
-        return outputs.index_select(0, order.argsort()).view(tokens, top_k, -1).sum(1)
-
-    def _looped(self, inputs: torch.Tensor, ends: list[int]) -> torch.Tensor:
-        sizes = [end - start for start, end in pairwise([0, *ends])]
-        *runs, dropped = inputs.split([*sizes, len(inputs) - ends[-1]])
-        # `unbind` once: indexing a stacked weight per expert would make each backward fill a whole stack of zeros.
-        weights = (w.unbind(0) for w in (self.up_proj, self.up_proj_bias, self.down_proj, self.down_proj_bias))
-        outputs = [
-            F.linear(self.act_fn(F.linear(run, up, up_bias)), down, down_bias)
-            for run, up, up_bias, down, down_bias in zip(runs, *weights, strict=True)
-        ]
-        return torch.cat([*outputs, torch.zeros_like(dropped, dtype=outputs[0].dtype)])
-
-    def _grouped(self, inputs: torch.Tensor, expert: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        numbers = torch.arange(self.num_experts, device=device)
+        # Where each expert's run of tokens ends; dropped ones lie behind the last, where grouped_mm leaves its output,
+        # and the gradient of its input, as they were in memory.
+        ends = torch.searchsorted(expert, numbers, right=True)
+        on_host = not compiling and not hidden_states.is_cuda
+        kept = int(ends[-1]) if on_host else tokens * top_k
+        dropped = None if on_host else (expert == self.num_experts).unsqueeze(1)
         # A product with the one-hot choice adds the biases: a gather of them would have a slow backward.
-        choice = (expert == torch.arange(self.num_experts, device=expert.device)).to(inputs.dtype)
-        # grouped_mm leaves rows behind the last end as they were in memory, and their gradients too.
-        dropped = expert == self.num_experts
+        choice = (expert[:kept].unsqueeze(1) == numbers).to(dtype)
 
         def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-            rows = rows.masked_fill(dropped, 0)
-            rows = F.grouped_mm(rows, weight.to(rows.dtype).transpose(1, 2), offs=ends)
-            return torch.addmm(rows, choice, bias.to(rows.dtype)).masked_fill(dropped, 0)
+            rows = rows if dropped is None else rows.masked_fill(dropped, 0)
+            rows = F.grouped_mm(rows, weight.to(dtype).transpose(1, 2), offs=ends.to(torch.int32))
+            rows = rows.addmm_(choice, bias.to(dtype))
+            return rows if dropped is None else rows.masked_fill(dropped, 0)
 
-        hidden = self.act_fn(linear(inputs, self.up_proj, self.up_proj_bias))
-        return linear(hidden, self.down_proj, self.down_proj_bias)
+        outputs = hidden_states.index_select(0, order[:kept] // top_k).to(dtype)
+        outputs = self.act_fn(linear(outputs, self.up_proj, self.up_proj_bias))
+        outputs = linear(outputs, self.down_proj, self.down_proj_bias)
+        outputs = outputs * top_k_weights.flatten().index_select(0, order[:kept]).unsqueeze(1).to(dtype)
+        if kept < tokens * top_k:
+            outputs = F.pad(outputs, (0, 0, 0, tokens * top_k - kept))
+        outputs = outputs.index_select(0, order.argsort())
+        return outputs if top_k == 1 else outputs.view(tokens, top_k, -1).sum(1)
 
     def _one_after_another(self, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
         """Without sizes that Python would have to know: an exported graph serves any number of tokens per expert."""
-        outputs = torch.zeros_like(hidden_states)
-        for number in range(self.num_experts):
+        # `unbind` once: indexing a stacked weight per expert would make each backward fill a whole stack of zeros.
+        weights = (w.unbind(0) for w in (self.up_proj, self.up_proj_bias, self.down_proj, self.down_proj_bias))
+        outputs = 0
+        for number, (up, up_bias, down, down_bias) in enumerate(zip(*weights, strict=True)):
             token, choice = torch.where(top_k_index == number)
-            hidden = self.act_fn(F.linear(hidden_states[token], self.up_proj[number], self.up_proj_bias[number]))
-            output = F.linear(hidden, self.down_proj[number], self.down_proj_bias[number])
+            output = F.linear(self.act_fn(F.linear(hidden_states[token], up, up_bias)), down, down_bias)
             output = output * top_k_weights[token, choice].unsqueeze(1).to(output.dtype)
-            outputs = outputs.index_add(0, token, output.to(outputs.dtype))
+            outputs = outputs + output.new_zeros(hidden_states.shape).index_add(0, token, output)
         return outputs
 
 
