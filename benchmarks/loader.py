@@ -2,8 +2,8 @@
 
     python benchmarks/loader.py [--images 192] [--repeats 7]
 
-Rows are read in the permuted order of training, cropped to 192 x 192, flipped and stacked, in the stored uint16, without
-checksums, as after the first epoch. Beside it: copying as many crops out of a memory map, which nothing beats by much.
+Rows are read in the permuted order of training, cropped to 192 x 192, flipped and stacked, in the stored uint16,
+without checksums, as after the first epoch. Beside it: copying as many crops from a memory map, which is hard to beat.
 The only figures here that are times and not ratios; they are CPU times of one thread.
 """
 

@@ -42,6 +42,10 @@ def test_snippets_run_one_after_the_other(name, code, namespace, monkeypatch, ca
     if name == "heads":
         assert [tuple(m.shape[1:]) for m in namespace["maps"]] == [(48, 30, 34), (96, 15, 17), (192, 8, 9)]
         assert namespace["logits"].shape == (1, 5)
+    if name == "pipelines":
+        assert [v.shape for v in namespace["vectors"]] == [(1, 192)] * 2
+    if name == "trainer":
+        assert namespace["trainer"].state.global_step == 1
     if name == "sensor":
         assert "skysat nir <- s2 B08, 22 nm" in capsys.readouterr().out
         assert "skysat" in namespace["model"].config.sensors and "skysat" in namespace["processor"].sensors
