@@ -237,3 +237,8 @@ def test_auto_model_takes_the_implementations_as_arguments(tmp_path):
     tiny().save_pretrained(tmp_path)
     model = AutoModel.from_pretrained(tmp_path, attn_implementation="eager", experts_implementation="batched_mm")
     assert (model.config._attn_implementation, model.config._experts_implementation) == ("eager", "batched_mm")
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_trainer_divides_no_loss_by_a_count_of_items(cls):
+    assert cls.accepts_loss_kwargs is False

@@ -117,6 +117,18 @@ def test_outputs_and_gradients_equal_a_loop_over_tokens(
         torch.testing.assert_close(ours[name], value, atol=2e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
 
 
+@pytest.mark.parametrize("fields, dtype", [({"embed_dim": 6}, torch.float32), ({}, torch.float64)])
+def test_widths_and_types_that_no_grouped_product_takes(fields, dtype):
+    """Rows of grouped_mm are whole 16 bytes, 12 float32 are not when the MLP has 18 (1.5 x 12), and float64 is none."""
+    block = sparse_block(skew=1.0, capacity_factor=0.5, router_noise=0.0, mlp_ratio=1.5, **fields).to(dtype).train()
+    tokens = (torch.randn(2, 13, 2 * block.config.embed_dim, dtype=dtype) + 0.3).requires_grad_()
+    output, _, _, selected = block(tokens)
+    capacity = int(0.5 * math.ceil(26 / 4))
+    expected, *_ = per_token_loop(block.float(), tokens.flatten(0, 1).float(), torch.zeros(26, 4), capacity)
+    assert (selected == 4).any() and (selected < 4).any() and output.dtype == dtype
+    torch.testing.assert_close(output.flatten(0, 1).float(), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_the_gate_of_a_single_choice_is_not_renormalised():
     """A gate of 1 would leave the router without a gradient from the task."""
     block = sparse_block(num_experts_per_tok=1).eval()

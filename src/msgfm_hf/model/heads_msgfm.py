@@ -36,9 +36,6 @@ class MsGFMHeadOutput(ModelOutput):
 
 
 class _MsGFMHead(MsGFMPreTrainedModel):
-    # The loss has several terms or an ignored label, which a count of items cannot divide.
-    accepts_loss_kwargs = False
-
     def _output(self, loss, logits, outputs: MsGFMModelOutput, hidden_states) -> MsGFMHeadOutput:
         if loss is not None and self.training and outputs.aux_loss is not None:
             loss = loss + self.config.router_aux_loss_coef * outputs.aux_loss

@@ -584,8 +584,7 @@ class MsGFMExperts(nn.Module):
         device = hidden_states.device
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else hidden_states.dtype
-        # What grouped_mm takes: rows of whole 16 bytes, and no double precision.
-        fits = dtype != torch.float64 and all(width * dtype.itemsize % 16 == 0 for width in self.up_proj.shape[1:])
+        fits = self._fit_grouped_mm(device, dtype)
         compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         if compiling and not (fits and dtype == torch.bfloat16):
             # The compiler knows grouped products in bf16 only; Transformers hides the others from it.
@@ -619,6 +618,13 @@ class MsGFMExperts(nn.Module):
             outputs = F.pad(outputs, (0, 0, 0, tokens * top_k - kept))
         outputs = outputs.index_select(0, order.argsort())
         return outputs if top_k == 1 else outputs.view(tokens, top_k, -1).sum(1)
+
+    def _fit_grouped_mm(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether there is a grouped product here: for rows of whole 16 bytes, not in double precision, and of NVIDIA's
+        devices on those since Ampere."""
+        there = device.type == "cpu" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))
+        rows = all(width * dtype.itemsize % 16 == 0 for width in self.up_proj.shape[1:])
+        return there and rows and dtype != torch.float64
 
     def _one_after_another(self, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
         """Without sizes that Python would have to know: an exported graph serves any number of tokens per expert."""
@@ -842,6 +848,8 @@ class MsGFMPreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(MsGFMStage, index=2, capture_initial_hidden_state=False),
         "router_logits": OutputRecorder(MsGFMLayer, index=2, capture_initial_hidden_state=False),
     }
+    # Read by `Trainer`: losses here have several terms or an ignored label, which a count of items cannot divide.
+    accepts_loss_kwargs = False
     # Outputs are recorded by hooks of the encoder; a second set, of a model around it, would record them twice.
     _output_capturing_hooks_installed = True
     _input_embed_layer = "patch_embeddings"
