@@ -71,6 +71,8 @@ def test_a_misspelt_field_is_refused_with_the_right_name(given, meant):
         ({"pretrained_window_sizes": [4, 4]}, "`pretrained_window_sizes` must be zeros where .* Only 'log_cpb'"),
         ({"depths": [], "num_heads": []}, r"`depths` must name at least one stage, got \[\]"),
         ({"image_size": 0}, "`image_size` must be above 0, got 0"),
+        ({"router_noise": float("inf")}, "`router_noise` must be finite, got inf"),
+        ({"mlp_ratio": 0.01}, r"`mlp_ratio` must leave an MLP at least one of `embed_dim` \(16\) channels, got 0.01"),
         ({"patch_size": -4}, "`patch_size` must be above 0, got -4"),
         ({"embed_dim": 0}, "`embed_dim` must be above 0, got 0"),
         ({"window_size": 0}, "`window_size` must be above 0, got 0"),

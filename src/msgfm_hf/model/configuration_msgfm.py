@@ -3,6 +3,7 @@
 
 import dataclasses
 import difflib
+import math
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
@@ -197,6 +198,8 @@ class MsGFMConfig(BackboneConfigMixin, PreTrainedConfig):
             if not holds:
                 raise ValueError(f"`{field}` must {rule}, got {getattr(self, field)!r}. {remedy}")
 
+        for name, value in vars(self).items():
+            need(not isinstance(value, float) or math.isfinite(value), name, "be finite", "Correct it.")
         need(self.sensors, "sensors", "name at least one sensor", "Leave it out for the paper's four.")
         for sensor, spec in self.sensors.items():
             if SensorSpec.from_dict(spec).id != sensor:
@@ -225,6 +228,12 @@ class MsGFMConfig(BackboneConfigMixin, PreTrainedConfig):
             "layer_norm_eps",
         ):
             need(getattr(self, field) > 0, field, "be above 0", "Correct it.")
+        need(
+            int(self.mlp_ratio * self.embed_dim) > 0,
+            "mlp_ratio",
+            f"leave an MLP at least one of `embed_dim` ({self.embed_dim}) channels",
+            "The paper has 4.",
+        )
         for field in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             need(0 <= getattr(self, field) < 1, field, "be at least 0 and below 1", "0 turns it off.")
         need(self.hidden_act in ACT2FN, "hidden_act", "be an activation of Transformers", "The paper has 'gelu'.")
