@@ -204,9 +204,21 @@ def test_the_same_checkpoint_works_through_remote_code_alone(tmp_path, monkeypat
     pipe = pipeline("multisensor-image-feature-extraction", model=str(folder))
     place = {"rgb": pixels[0].numpy().clip(0, 1), "dsm": pixels[0, :1].numpy()}
     assert remote["feature-extraction"] == pipe(place, unit={"rgb": "reflectance"})
-    # Saved by the package, it is a checkpoint like any other again.
+    # Saved by the package, it is a checkpoint like any other again: it names no code, for there is none beside it.
     pipe.save_pretrained(tmp_path / "again")
     assert type(pipeline(pipe.task, model=str(tmp_path / "again"))) is type(pipe)
+    saved = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert "auto_map" not in saved and "custom_pipelines" not in saved
+    write_model_code(tmp_path / "again")
+    saved = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert saved["auto_map"] == AUTO_MAP and saved["custom_pipelines"] == CUSTOM_PIPELINES
+
+
+def test_a_pipeline_of_ones_own_stays_in_the_configuration(tmp_path):
+    mine = {"impl": "crops.CropPipeline", "pt": ["AutoModel"]}
+    config = msgfm_hf.MsGFMConfig(**TINY, custom_pipelines={"crop-counting": mine, **CUSTOM_PIPELINES})
+    config.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).custom_pipelines == {"crop-counting": mine}
 
 
 def test_everything_that_is_registered_is_named_for_remote_code():

@@ -1,5 +1,7 @@
 """The configuration: the paper's values, what is refused and how, and what a round trip through JSON keeps."""
 
+import logging
+
 import pytest
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 
@@ -79,6 +81,7 @@ def test_a_misspelt_field_is_refused_with_the_right_name(given, meant):
         ({"num_experts": 0}, "`num_experts` must be above 0, got 0"),
         ({"num_experts_per_tok": 0}, "`num_experts_per_tok` must be above 0, got 0"),
         ({"num_heads": [2]}, r"`num_heads` must have one entry per stage \[2, 2\], got \[2\]"),
+        ({"moe_blocks": [[], [1, 1]]}, r"`moe_blocks` must name each block once, got \[\[\], \[1, 1\]\]"),
         ({"moe_blocks": [[]]}, r"`moe_blocks` must have one entry per stage \[2, 2\], got \[\[\]\]"),
         ({"num_heads": [3, 4]}, r"`num_heads` must divide the stages' widths \(16\), got \[3, 4\]"),
         ({"num_heads": [2, 0]}, r"`num_heads` must divide the stages' widths \(32\), got \[2, 0\]"),
@@ -168,6 +171,14 @@ def test_two_configurations_share_no_lists():
 def test_a_name_near_a_field_is_refused(name):
     with pytest.raises(ValueError, match=f"`{name}` must be a field of MsGFMConfig, got 3. Did you mean"):
         MsGFMConfig(**{name: 3})
+
+
+def test_a_name_near_a_field_in_a_file_is_pointed_out(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("msgfm_hf"), "propagate", True)
+    stored = {**MsGFMConfig(**TINY).to_dict(), "transformers_version": "5.0.0", "num_expert": 7}
+    assert MsGFMConfig.from_dict(stored).num_experts == 4
+    assert "`num_expert` must be a field of MsGFMConfig, got 7. Did you mean `num_experts`?" in caplog.text
 
 
 def test_inputs_are_kept_by_their_canonical_names():

@@ -133,12 +133,14 @@ def test_a_model_of_two_sensors_exports_with_their_valid_masks():
     [
         ({"target_modules": ["qkv"]}, {"qkv"}),
         ({"target_modules": "all-linear"}, {"qkv", "proj", "fc1", "fc2", "reduction"}),
+        ({"target_modules": ["cosine_projector"]}, {"cosine_projector"}),
         ({"target_modules": [], "target_parameters": ["mlp.experts.up_proj", "mlp.experts.down_proj"]}, {"experts"}),
     ],
-    ids=["qkv", "linear", "experts"],
+    ids=["qkv", "linear", "router", "experts"],
 )
 def test_lora_adapts_and_merges(target, adapted):
-    model = tiny(MsGFMForImageClassification, num_labels=3, sensors=RGB)
+    router = "cosine" if "cosine_projector" in adapted else "linear"
+    model = tiny(MsGFMForImageClassification, num_labels=3, sensors=RGB, router_type=router)
     images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 1])
     before = model(images).logits
     frozen = model.msgfm.encoder.layers[0].blocks[0].attention.proj.weight
@@ -155,6 +157,7 @@ def test_lora_adapts_and_merges(target, adapted):
         loss = network(images, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
+        assert all(p.grad is not None for p in trainable.values())
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0] and torch.equal(frozen, untouched)
@@ -205,8 +208,7 @@ def test_placing_casting_and_sharding_change_nothing_else(cls, tmp_path):
     assert torch.equal(main_tensor(placed(images)), main_tensor(model(images)))
     halved = cls.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in halved.parameters()} == {torch.bfloat16}
-    ours, theirs = main_tensor(halved(images)).float(), main_tensor(model(images))
-    torch.testing.assert_close(ours, theirs, atol=0.1 * theirs.abs().max().item(), rtol=0.1)
+    assert torch.equal(main_tensor(halved(images)), main_tensor(model.to(torch.bfloat16)(images)))
 
 
 def test_auto_backbone_builds_from_a_configuration():
@@ -237,8 +239,3 @@ def test_auto_model_takes_the_implementations_as_arguments(tmp_path):
     tiny().save_pretrained(tmp_path)
     model = AutoModel.from_pretrained(tmp_path, attn_implementation="eager", experts_implementation="batched_mm")
     assert (model.config._attn_implementation, model.config._experts_implementation) == ("eager", "batched_mm")
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-def test_trainer_divides_no_loss_by_a_count_of_items(cls):
-    assert cls.accepts_loss_kwargs is False

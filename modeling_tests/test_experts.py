@@ -8,9 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
-from msgfm_hf import MsGFMConfig, MsGFMForPreTraining, MsGFMImageProcessor, count_parameters
+from msgfm_hf import (
+    MsGFMConfig,
+    MsGFMForImageClassification,
+    MsGFMForPreTraining,
+    MsGFMImageProcessor,
+    count_parameters,
+)
 from msgfm_hf.data.shards import ShardImage, ShardRow, ShardSource, ShardWriter
 from msgfm_hf.tasks.reconstruction import evaluate_reconstruction, training_statistics
+from msgfm_hf.train.checkpoint import CheckpointError
 from msgfm_hf.train.experts import (
     analyse_experts,
     expert_crops,
@@ -457,12 +464,13 @@ def test_data_are_those_of_the_run_unless_given(data, saved):
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"run": "nothing"}, "`run` must be the folder of a saved model, got .*nothing"),
+        ({"run": "nothing"}, "`run` must be the folder of a saved model and its image processor, got .*nothing"),
         ({"data": None}, "`data` must be given for a model that is not of a run, got none and no run.json"),
         ({"split": "night"}, "`data` must hold a source with the split 'night', got .*pairs, .*photos"),
         ({"data": "twice"}, "`data` must hold each source once, got pairs, pairs, photos"),
         ({"max_crops": 0}, "`max_crops` must be at least 1, got 0"),
         ({"prune": ["moon"]}, "`sensors` must be a list of sensors of the model"),
+        ({"prune": ["rgb"], "split": "train"}, "`split` must be held out to tell what pruning costs, got 'train'"),
     ],
 )
 def test_a_report_that_cannot_be_made_is_refused(data, saved, tmp_path, given, message):
@@ -472,6 +480,39 @@ def test_a_report_that_cannot_be_made_is_refused(data, saved, tmp_path, given, m
     with pytest.raises(ValueError, match=message):
         report_experts(run, out=tmp_path / "out", **given)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_report_is_not_begun_where_it_cannot_be_ended(data, saved, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="`out` must be a folder, got the file .*file"):
+        report_experts(saved, [data], tmp_path / "file")
+    with pytest.raises(CheckpointError, match="Not a directory"):
+        report_experts(saved, [data], tmp_path / "file" / "below", max_crops=1)
+    assert (tmp_path / "file").read_text() == "mine"
+    (saved / "preprocessor_config.json").unlink()
+    with pytest.raises(ValueError, match="`run` must be the folder of a saved model and its image processor, got .* w"):
+        report_experts(saved, [data], tmp_path / "out")
+
+
+def test_a_model_without_decoders_has_experts_but_is_not_pruned(data, saved, tmp_path):
+    MsGFMForImageClassification.from_pretrained(saved, num_labels=3).save_pretrained(saved)
+    report_experts(saved, [data], tmp_path / "out", max_crops=1)
+    with pytest.raises(ValueError, match="`run` must have decoders to be pruned, got MsGFMForImageClassification. Pr"):
+        report_experts(saved, [data], tmp_path / "out", max_crops=1, prune=["rgb"])
+
+
+def test_a_failure_leaves_the_model_and_the_random_numbers_alone(data, monkeypatch):
+    model = make_model().train()
+    sources = [ShardSource(data / "photos", "val")]
+    processor = MsGFMImageProcessor.from_config(model.config)
+    state = torch.random.get_rng_state()
+    prune_experts(model, processor, sources, ["rgb"], max_crops=1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for given, message in (({"sources": []}, "`sources` must hold at least one source, got none"), ({}, "stop here")):
+        monkeypatch.setattr(MsGFMForPreTraining, "forward", lambda *args, **kwargs: pytest.fail("stop here"))
+        with pytest.raises((ValueError, pytest.fail.Exception), match=message):
+            analyse_experts(model, processor, **{"sources": sources, **given})
+        assert model.training
 
 
 def test_the_text_of_a_report():
@@ -510,7 +551,7 @@ def test_the_text_of_a_report():
     }
     said = format_experts(report)
     assert "Dense model for rgb: 1,000 parameters, from 3,000." in said
-    assert "  layers.2.blocks.1 <- expert 1 x 0.60 (took 25% of the tokens)" in said
+    assert "  layers.2.blocks.1 <- expert 1 x 0.60 (took 25% of the choices)" in said
     assert said.endswith("| photos | rgb → rgb | 2 | 2 | 0.500 | 0.550 | 1.10 | 0.600 | 0.800 |")
     assert "Demonstration" not in said
     report["n"]["rgb"]["places"] = 2

@@ -185,3 +185,8 @@ def test_late_fusion_widens_the_head(cls):
     both = model(images).logits
     assert both.shape[1] == 3
     assert not torch.allclose(model({"s2": images["s2"]}).logits, both, atol=1e-4)
+
+
+def test_segmentation_wants_two_classes():
+    with pytest.raises(ValueError, match="`num_labels` must be at least 2 for segmentation, got 1. What is left over"):
+        tiny(MsGFMForSemanticSegmentation, num_labels=1)

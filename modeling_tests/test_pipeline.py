@@ -297,6 +297,11 @@ def test_real_scenes_of_two_sensors_in_a_batch(sample_data):
 def test_a_saved_checkpoint_is_a_pipeline_by_its_tasks_name(task, tmp_path):
     pipe, place = make(task), {"s1": backscatter(), "dsm": heights()}
     pipe.save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    }
     loaded = pipeline(task, model=str(tmp_path))
     assert type(loaded.model) is MODELS[task] and type(loaded) is type(pipe)
     assert plain(loaded(place)) == plain(pipe(place))

@@ -374,6 +374,11 @@ def test_decay_is_for_matrices():
         "decoders.s2.bias",
     ]
     found = {}
+    swin_v2 = {"attention_score": "cosine", "position_bias": "log_cpb", "norm_position": "post"}
+    config = MsGFMConfig(embed_dim=12, depths=[1], num_heads=[1], image_size=24, mask_patch_size=8, **swin_v2)
+    for name, parameter in MsGFMForPreTraining(config).named_parameters():
+        if "attention" in name:
+            assert decays(name, parameter) is name.endswith(("qkv.weight", "proj.weight")), name
     config = MsGFMConfig(embed_dim=12, depths=[1, 1, 2], num_heads=[1, 1, 2], image_size=24, mask_patch_size=8)
     for name, parameter in MsGFMForPreTraining(config).named_parameters():
         found[name] = decays(name, parameter)

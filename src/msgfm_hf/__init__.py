@@ -55,8 +55,8 @@ for _task, _pipeline, _model in (
     ("multisensor-image-segmentation", MultisensorImageSegmentationPipeline, AutoModelForSemanticSegmentation),
 ):
     PIPELINE_REGISTRY.register_pipeline(_task, pipeline_class=_pipeline, pt_model=_model, type="image")
-# A configuration that names its pipelines as remote code would ask for trust, though the package has them.
-MsGFMConfig.custom_pipelines = property(lambda config: {}, lambda config, pipelines: None)
+    # For this, saving a pipeline would write its file beside the weights, without those of the model that it needs.
+    del _pipeline._registered_impl
 
 __all__ = [
     "SENSORS",

@@ -9,8 +9,11 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
 
 from .sensors import SENSORS, SensorSpec
+
+logger = logging.get_logger(__name__)
 
 # Set from the fields below, stored in config.json for readers of it, and never trusted on the way back.
 _DERIVED = ("num_layers", "hidden_size", "stage_names")
@@ -75,7 +78,8 @@ class MsGFMConfig(BackboneConfigMixin, PreTrainedConfig):
             In training, Gaussian noise of standard deviation `router_noise / num_experts` on the router's logits.
         capacity_factor (`float`, *optional*, defaults to 1.25):
             In training an expert takes at most `num_experts_per_tok * int(capacity_factor * ceil(tokens / experts))`
-            tokens, the most confident first; the others pass by on the residual. `None`: no limit.
+            tokens, the most confident first; the others pass by on the residual. Below 1 that is none of few tokens.
+            `None`: no limit.
         eval_capacity_factor (`float`, *optional*):
             The same in evaluation. The default `None` drops nothing, so an image's output does not depend on its batch.
         router_aux_loss_type (`str`, *optional*, defaults to `"importance_load"`):
@@ -92,6 +96,8 @@ class MsGFMConfig(BackboneConfigMixin, PreTrainedConfig):
     """
 
     model_type = "msgfm"
+    # What `Trainer` does not gather as predictions.
+    keys_to_ignore_at_inference = ["hidden_states", "attentions", "router_logits", "selected_experts", "aux_loss"]
     attribute_map = {
         "num_attention_heads": "num_heads",
         "num_hidden_layers": "num_layers",
@@ -135,9 +141,14 @@ class MsGFMConfig(BackboneConfigMixin, PreTrainedConfig):
     _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        # Only what a person writes: a file may carry attributes of other origins, and says what version wrote it.
-        if self.transformers_version is None:
-            self._refuse_misspelt(kwargs)
+        self._refuse_misspelt(kwargs)
+        if self._auto_class is None:
+            # Remote code names itself in a file. These classes need none beside the weights, and saving writes none.
+            kwargs.pop("auto_map", None)
+            pipelines = kwargs.pop("custom_pipelines", {})
+            pipelines = {k: v for k, v in pipelines.items() if not v["impl"].startswith("pipeline_msgfm.")}
+            if pipelines:
+                kwargs["custom_pipelines"] = pipelines
         for name in _DERIVED:
             kwargs.pop(name, None)
         out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
@@ -189,9 +200,11 @@ class MsGFMConfig(BackboneConfigMixin, PreTrainedConfig):
             known = name in (*_DERIVED, "out_features", "out_indices") or hasattr(PreTrainedConfig, name)
             near = difflib.get_close_matches(name, fields, n=1, cutoff=0.7)
             if not known and near:
-                raise ValueError(
-                    f"`{name}` must be a field of MsGFMConfig, got {kwargs[name]!r}. Did you mean `{near[0]}`?"
-                )
+                message = f"`{name}` must be a field of MsGFMConfig, got {kwargs[name]!r}. Did you mean `{near[0]}`?"
+                # A file says what version wrote it. It may carry attributes of other origins.
+                if self.transformers_version is None:
+                    raise ValueError(message)
+                logger.warning(message)
 
     def _check(self):
         def need(holds, field, rule, remedy):
@@ -255,6 +268,7 @@ class MsGFMConfig(BackboneConfigMixin, PreTrainedConfig):
         for stage, blocks in enumerate(self.moe_blocks):
             inside = all(0 <= block < self.depths[stage] for block in blocks)
             need(inside, "moe_blocks", f"count blocks inside their stage ({self.depths})", "The first block is 0.")
+            need(len(set(blocks)) == len(blocks), "moe_blocks", "name each block once", "Drop the others.")
         need(
             all(window >= 0 for window in self.pretrained_window_sizes),
             "pretrained_window_sizes",

@@ -81,10 +81,19 @@ class MsGFMForImageClassification(_MsGFMHead):
 
 
 class MsGFMForSemanticSegmentation(_MsGFMHead):
-    """The maps of all stages, brought to the first stage's resolution, joined, classified, and spread to the pixels."""
+    """The maps of all stages, brought to the first stage's resolution, joined, classified, and spread to the pixels.
+
+    Raises:
+        ValueError: for fewer than two `num_labels`.
+    """
 
     def __init__(self, config: MsGFMConfig):
         super().__init__(config)
+        if config.num_labels < 2:
+            raise ValueError(
+                f"`num_labels` must be at least 2 for segmentation, got {config.num_labels}. What is left over is a "
+                "class too: label it."
+            )
         self.msgfm = MsGFMModel(config, add_pooling_layer=False)
         sensors = self.msgfm.num_features // config.hidden_size
         widths = [config.embed_dim * 2**stage * sensors for stage in range(len(config.depths))]

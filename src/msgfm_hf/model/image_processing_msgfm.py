@@ -1120,7 +1120,8 @@ def _label(label) -> Tensor:
             f"`labels` must be numbers, arrays or tensors, got {type(label).__name__} {label!r:.40}. Names become ids "
             "with `model.config.label2id`, lists tensors with `torch.tensor`."
         )
-    return torch.as_tensor(label)
+    # Torch shares memory with arrays, but not with flipped or read-only ones, as of pictures.
+    return torch.from_numpy(np.array(label)) if isinstance(label, np.ndarray) else torch.as_tensor(label)
 
 
 class _Config(NamedTuple):

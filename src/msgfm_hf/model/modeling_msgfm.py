@@ -135,7 +135,9 @@ class MsGFMPatchEmbeddings(nn.Module):
         """(B, C, H, W), H and W multiples of P, with the kernel's slice for these bands -> (B, h, w, D)."""
         weight = self.projection.weight
         if band_index != list(range(len(self.spec.bands))):
-            weight = weight[:, band_index]
+            # Not by a list of indices, which would have to reach the device first.
+            kernels = weight.unbind(1)
+            weight = torch.stack([kernels[band] for band in band_index], 1)
         pixels = pixels.to(weight.dtype)
         return F.conv2d(pixels, weight, self.projection.bias, stride=self.projection.stride).permute(0, 2, 3, 1)
 
@@ -435,8 +437,10 @@ class MsGFMWindowAttention(nn.Module):
         query, key, value = qkv.view(windows, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         if self.cosine:
             scale = self.logit_scale.clamp(max=math.log(100)).exp()
-            query = F.normalize(query, dim=-1) * scale.to(query.dtype)
-            key = F.normalize(key, dim=-1)
+            # Keys of padding are zero, and the usual epsilon is too in float16.
+            epsilon = max(1e-12, torch.finfo(qkv.dtype).tiny)
+            query = F.normalize(query, dim=-1, eps=epsilon) * scale.to(query.dtype)
+            key = F.normalize(key, dim=-1, eps=epsilon)
         mask = self.position_bias().to(query.dtype)
         if visible is not None:
             mask = mask.masked_fill(~visible.unsqueeze(1), torch.finfo(mask.dtype).min / 2)
@@ -446,6 +450,8 @@ class MsGFMWindowAttention(nn.Module):
         unfused = implementation == "sdpa" and torch.is_grad_enabled() and not hidden_states.is_cuda
         if unfused:
             implementation = "eager"
+            if kwargs.get("output_attentions"):
+                logger.warning_once("SDPA returns no attention weights: use `set_attn_implementation('eager')`.")
         if implementation != "eager" and visible is not None:
             # The kernels want one mask per window. Repeating it costs less than giving windows and heads one axis.
             mask = mask.repeat(windows // visible.shape[0], 1, 1, 1)
@@ -488,8 +494,8 @@ class MsGFMTopKRouter(nn.Module):
     """Chooses K experts per token and, where there is a capacity, whom they have room for.
 
     Logits are linear in the token, or cosines between its projection and a vector per expert over a learned temperature
-    (X-MoE, arXiv 2204.09179). The gate is the softmax probability itself: for one expert per token it is not
-    renormalised to 1, which would leave the router without a gradient.
+    (X-MoE, arXiv 2204.09179). Gates are the softmax probabilities themselves, as in Swin-MoE. They are not renormalised
+    over the K chosen: for one expert per token the gate would be 1, and the router without a gradient.
     """
 
     def __init__(self, config: MsGFMConfig, dim: int):
@@ -503,13 +509,14 @@ class MsGFMTopKRouter(nn.Module):
             self.temperature = nn.Parameter(torch.zeros(1))
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(T, D) -> (T, E), in float32 whatever the precision of the model."""
+        """(T, D) -> (T, E), in float32 whatever autocast says; of weights in half precision the cosine router projects
+        in these."""
         with torch.autocast(hidden_states.device.type, enabled=False):
             hidden_states = hidden_states.float()
             if self.config.router_type == "linear":
                 return F.linear(hidden_states, self.weight.float())
-            projector = self.cosine_projector
-            projected = F.linear(hidden_states, projector.weight.float(), projector.bias.float())
+            # A call of the module, so that an adapter put in its place is heard.
+            projected = self.cosine_projector(hidden_states.to(self.sim_matrix.dtype)).float()
             cosines = F.normalize(projected, dim=1) @ F.normalize(self.sim_matrix.float(), dim=0)
             return cosines * self.temperature.float().clamp(max=math.log(100)).exp()
 
@@ -558,7 +565,9 @@ class MsGFMExperts(nn.Module):
     """E MLPs with their weights stacked, in the layout Transformers' expert kernels read.
 
     `forward` is what the implementation "eager" stands for, and the default: tokens sorted by expert and one grouped
-    product per layer, in the autocast dtype; on CUDA without a transfer to the host.
+    product per layer, in the autocast dtype; on CUDA without a transfer to the host. Where there is no such product
+    (`_fit_grouped_mm`) experts run one after another, and compiled in other types than bf16 by Transformers' fallback;
+    both wait for the host. The other implementations of Transformers take rows of whole 16 bytes only.
     """
 
     def __init__(self, config: MsGFMConfig, dim: int):
@@ -1491,8 +1500,9 @@ class MsGFMForPreTraining(MsGFMPreTrainedModel):
         def decode(features: torch.Tensor) -> torch.Tensor:
             weight, bias = convolution.weight, convolution.bias
             if index != list(range(len(bias) // stride**2)):
-                weight = weight.view(-1, stride**2, *weight.shape[1:])[index].flatten(0, 1)
-                bias = bias.view(-1, stride**2)[index].flatten()
+                kernels, biases = weight.split(stride**2), bias.split(stride**2)
+                weight = torch.cat([kernels[band] for band in index])
+                bias = torch.cat([biases[band] for band in index])
             return F.pixel_shuffle(F.conv2d(_as_map(features, final), weight, bias), stride)[..., :height, :width]
 
         return decode

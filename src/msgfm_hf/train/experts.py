@@ -4,7 +4,8 @@ model made of the experts that some sensors use."""
 import copy
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -20,10 +21,13 @@ from msgfm_hf.model.configuration_msgfm import MsGFMConfig
 from msgfm_hf.model.image_processing_msgfm import MsGFMImageProcessor
 from msgfm_hf.model.modeling_msgfm import MsGFMForPreTraining, count_parameters
 from msgfm_hf.tasks.reconstruction import MaskedCrops, evaluate_reconstruction, masked_crops, training_statistics
-from msgfm_hf.train.checkpoint import save_model
+from msgfm_hf.train.checkpoint import checkpoint_errors, save_model
 from msgfm_hf.train.evaluate import write_report
 from msgfm_hf.train.pictures import ExpertCrop, draw_expert_crops, draw_experts
 from msgfm_hf.train.pretrain import source_commit
+
+# Enough to choose experts by, of a training split that may have millions.
+CHOOSING_CROPS = 512
 
 
 class RoutedTokens(NamedTuple):
@@ -132,7 +136,7 @@ def analyse_experts(
     """Which sensor's tokens each expert takes, how sure the router is, and the crops each expert takes most of.
 
     Crops are those of evaluation, whole images go in (nothing is masked), and tokens without a valid pixel do not
-    count. A token counts once for each of the K experts that see it.
+    count. A token makes K choices.
 
     Args:
         model: with experts; in evaluation mode for the time of the call.
@@ -146,9 +150,10 @@ def analyse_experts(
         {sensor: {crops, places}}, and `blocks`, one per block with experts:
 
         - `name` ("layers.2.blocks.1", as in the state dict), `stage`, `block` (from 0), `stride` (pixels per token);
-        - `sensors`: {sensor: {`tokens` (n), `share` [E] of the sensor's tokens that each expert takes, `dropped` (0
-          unless `eval_capacity_factor` is set), `gate` [E] mean router probability with which each takes them (`None`
-          where none), `mean_gate`, `entropy_bits` of the shares: 0 where one expert takes all}};
+        - `sensors`: {sensor: {`tokens` (n), `share` [E] of the choices of the sensor's tokens that fall on each expert,
+          `dropped` (share of those without room, 0 unless `eval_capacity_factor` is set), `gate` [E] mean router
+          probability with which each takes them (`None` where none), `mean_gate`, `entropy_bits` of the shares: 0 where
+          one expert takes all}};
         - `mutual_information_bits`: what knowing the sensor tells of the expert, all sensors weighing the same; 0 where
           sensors are spread alike, at most the smaller of log2 E and log2 of the number of sensors;
         - `experts`: one list per expert of its top crops, by tokens taken and then by gate: `source`, `sensor`, `key`,
@@ -156,9 +161,13 @@ def analyse_experts(
           `gate` (mean of what it takes).
 
     Raises:
-        ValueError: if the model has no experts, or not the sensors of a source.
+        ValueError: if the model has no experts, or not the sensors of a source, or there is nothing to look at.
     """
     _refuse_dense(model)
+    if not sources:
+        raise ValueError("`sources` must hold at least one source, got none. Give folders of shards.")
+    if max_crops is not None and max_crops < 1:
+        raise ValueError(f"`max_crops` must be at least 1, got {max_crops}. Leave it out for all.")
     for source in sources:
         if not set(source.sensors) <= set(model.config.sensors):
             raise ValueError(
@@ -173,9 +182,7 @@ def analyse_experts(
     count = {sensor: 0 for sensor in sensors}
     groups: dict[str, set] = {sensor: set() for sensor in sensors}
     every_id = [EvaluationCrops(source, config.image_size, max_crops).ids for source in sources]
-    was_training = model.training
-    model.eval()
-    with tqdm(total=sum(map(len, every_id)), desc="routing", unit="crop") as progress:
+    with _evaluating(model), tqdm(total=sum(map(len, every_id)), desc="routing", unit="crop") as progress:
         for source, ids in zip(sources, every_id, strict=True):
             first = 0
             for crops in masked_crops(source, processor, model, 0.0, 0, max_crops, batch_size):
@@ -190,9 +197,8 @@ def analyse_experts(
                             ranked = sorted(best[expert] + crops_of_expert, key=_taken, reverse=True)
                             best[expert] = ranked[:top_crops]
                 progress.update(len(ours))
-    model.train(was_training)
     return {
-        "measure": "share of a sensor's valid tokens by expert, nothing masked; entropies in bits",
+        "measure": "share of the choices of a sensor's valid tokens by expert, nothing masked; entropies in bits",
         "num_experts": config.num_experts,
         "num_experts_per_tok": config.num_experts_per_tok,
         "max_entropy_bits": math.log2(config.num_experts),
@@ -210,6 +216,17 @@ def analyse_experts(
             for (stage, block), tally, best in zip(places, tallies, top, strict=True)
         ],
     }
+
+
+@contextmanager
+def _evaluating(model: MsGFMForPreTraining) -> Iterator[None]:
+    """Evaluation mode, and afterwards whatever mode the model was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _refuse_dense(model: MsGFMForPreTraining):
@@ -258,7 +275,7 @@ def prune_experts(
     processor: MsGFMImageProcessor,
     sources: Sequence[ShardSource],
     sensors: Sequence[str],
-    max_crops: int | None = 512,
+    max_crops: int | None = CHOOSING_CROPS,
     batch_size: int = 16,
 ) -> tuple[MsGFMForPreTraining, list[dict]]:
     """A dense model for some of the sensors of a model with experts.
@@ -277,7 +294,7 @@ def prune_experts(
 
     Returns:
         the dense model, on the device and in the type of `model`, and per block `name`, `expert`, `gate` (0..1) and
-        `share` (0..1, of the tokens of the sensors that this expert takes).
+        `share` (0..1, of the choices of the sensors' tokens that fall on this expert).
 
     Raises:
         ValueError: if the model has no experts, or sensors are unknown, in none of the sources, or nowhere valid.
@@ -333,7 +350,9 @@ def _dense(model: MsGFMForPreTraining, sensors: Sequence[str], chosen: dict[str,
         min(sensors): model.config.sensor(min(sensors)).band_names
     }
     fields["moe_blocks"] = [[] for _ in fields["depths"]]
-    dense = MsGFMForPreTraining(MsGFMConfig.from_dict(fields))
+    # Every parameter is replaced: the caller's random numbers shall not notice that it had first values.
+    with torch.random.fork_rng(devices=[]):
+        dense = MsGFMForPreTraining(MsGFMConfig.from_dict(fields))
     theirs = model.state_dict()
     for name, choice in chosen.items():
         mlp = f"msgfm.encoder.{name}.mlp"
@@ -426,22 +445,20 @@ def expert_crops(
         one list per expert.
     """
     by_name = {source.name: source for source in sources}
-    was_training = model.training
-    model.eval()
     rows = []
-    for expert, top in enumerate(report["blocks"][number]["experts"]):
-        rows.append([])
-        for found in top:
-            source, sensor = by_name[found["source"]], found["sensor"]
-            crops = EvaluationCrops(source, model.config.image_size)
-            crops.ids = [(found["row"], found["top"], found["left"])]
-            part = collate([crops[0]])["sources"][0]
-            pixels, valid = normalise(part["images"], source, processor, model.device)
-            batch = MaskedCrops(part["group_ids"], part["keys"], pixels, valid, {}, model.config.patch_size)
-            tokens = route_tokens(model, batch, source)[sensor][number]
-            taken = (tokens.experts[0] == expert).any(-1) & tokens.valid[0]
-            rows[-1].append(ExpertCrop(source, sensor, batch, found, taken.cpu().numpy(), tokens.stride))
-    model.train(was_training)
+    with _evaluating(model):
+        for expert, top in enumerate(report["blocks"][number]["experts"]):
+            rows.append([])
+            for found in top:
+                source, sensor = by_name[found["source"]], found["sensor"]
+                crops = EvaluationCrops(source, model.config.image_size)
+                crops.ids = [(found["row"], found["top"], found["left"])]
+                part = collate([crops[0]])["sources"][0]
+                pixels, valid = normalise(part["images"], source, processor, model.device)
+                batch = MaskedCrops(part["group_ids"], part["keys"], pixels, valid, {}, model.config.patch_size)
+                tokens = route_tokens(model, batch, source)[sensor][number]
+                taken = (tokens.experts[0] == expert).any(-1) & tokens.valid[0]
+                rows[-1].append(ExpertCrop(source, sensor, batch, found, taken.cpu().numpy(), tokens.stride))
     return rows
 
 
@@ -474,24 +491,31 @@ def report_experts(
         CheckpointError: if something cannot be written.
     """
     run, out = Path(run), Path(run) / "experts" if out is None else Path(out)
-    if max_crops is not None and max_crops < 1:
-        raise ValueError(f"`max_crops` must be at least 1, got {max_crops}. Leave it out for all.")
-    if not (run / "config.json").is_file():
-        raise ValueError(f"`run` must be the folder of a saved model, got {str(run)!r}. Pretraining writes one.")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = MsGFMForPreTraining.from_pretrained(run).to(device).eval()
-    processor = MsGFMImageProcessor.from_pretrained(run)
-    _refuse_dense(model)
+    for name in ("config.json", "preprocessor_config.json"):
+        if not (run / name).is_file():
+            raise ValueError(
+                f"`run` must be the folder of a saved model and its image processor, got {str(run)!r} without {name}. "
+                "Pretraining writes both."
+            )
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"`out` must be a folder, got the file {str(out)!r}. Name another.")
     folders = _folders(run, data)
     sources = _with_split(folders, split)
     if not sources:
         raise ValueError(
             f"`data` must hold a source with the split {split!r}, got {', '.join(folders)}. Look with `msgfm inspect`."
         )
-    if prune:
-        # First, so that a wrong sensor is refused before the long part.
-        training = _with_split(folders, "train")
-        dense, chosen = prune_experts(model, processor, training, prune)
+    if prune and split == "train":
+        raise ValueError(
+            "`split` must be held out to tell what pruning costs, got 'train', which chooses the experts. Leave it out."
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = MsGFMForPreTraining.from_pretrained(run).to(device).eval()
+    processor = MsGFMImageProcessor.from_pretrained(run)
+    _refuse_dense(model)
+    saved_as = ", ".join(model.config.architectures or ["an unnamed model"])
+    if prune and saved_as != type(model).__name__:
+        raise ValueError(f"`run` must have decoders to be pruned, got {saved_as}. Prune it before you fine-tune it.")
     report = {
         "command": command,
         "commit": source_commit(),
@@ -500,26 +524,34 @@ def report_experts(
         "model": str(run),
         "data": [source.path for source in sources],
         "split": split,
-        **analyse_experts(model, processor, sources, max_crops),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    draw_experts(report, out / "experts.png")
-    told = [block["mutual_information_bits"] for block in report["blocks"]]
-    number = told.index(max(told))
-    rows = expert_crops(model, processor, sources, report, number)
-    draw_expert_crops(processor, report["blocks"][number], rows, out / "crops.png")
     if prune:
+        # First, so that a wrong sensor is refused before the long part.
+        training = _with_split(folders, "train")
+        dense, chosen = prune_experts(
+            model, processor, training, prune, CHOOSING_CROPS if max_crops is None else max_crops
+        )
         # The band mean is that of the training places.
         held_out = [source for source in sources if source.path in {found.path for found in training}]
-        report["dense"] = {
+        pruned = {
             "sensors": list(dense.config.sensors),
             "parameters": count_parameters(dense).total,
             "parameters_moe": count_parameters(model).total,
             "chosen": chosen,
             "cost": pruning_cost(model, dense, processor, held_out, max_crops=max_crops),
         }
-        save_model(out / "dense", dense, MsGFMImageProcessor.from_config(dense.config))
-    write_report(report, out / "experts.json")
+    report |= analyse_experts(model, processor, sources, max_crops)
+    told = [block["mutual_information_bits"] for block in report["blocks"]]
+    number = told.index(max(told))
+    rows = expert_crops(model, processor, sources, report, number)
+    with checkpoint_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        if prune:
+            report["dense"] = pruned
+            save_model(out / "dense", dense, MsGFMImageProcessor.from_config(dense.config))
+        draw_experts(report, out / "experts.png")
+        draw_expert_crops(processor, report["blocks"][number], rows, out / "crops.png")
+        write_report(report, out / "experts.json")
     return report
 
 
@@ -583,7 +615,7 @@ def _format_dense(dense: dict) -> list[str]:
     for found in dense["chosen"]:
         lines.append(
             f"  {found['name']} <- expert {found['expert']} x {found['gate']:.2f} (took {found['share']:.0%} of the "
-            "tokens)"
+            "choices)"
         )
     lines += ["", "Masked L1 in normalised units, lower is better; n counts crops. Without: these MLPs left out.", ""]
     lines.append("| source | direction | n | places | MoE | dense | dense / MoE | without | band mean |")

@@ -28,9 +28,11 @@ def learning_rate_scales(source_sensors: Sequence[Sequence[str]], weights: Seque
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:
-    """Whether weight decay applies: to matrices and kernels; not to biases, norms, position tables, the mask token."""
+    """Whether weight decay applies: to matrices and kernels; not to biases, norms, the mask token, tables and networks
+    of position biases, and the scale of cosines (the last two as in SwinV2)."""
     last = name.rsplit(".", 1)[-1]
-    return parameter.ndim > 1 and "bias" not in last and last != "mask_token"
+    spared = "bias" in last or "continuous_position_bias_mlp" in name or last in ("mask_token", "logit_scale")
+    return parameter.ndim > 1 and not spared
 
 
 def build_optimizer(

@@ -258,7 +258,7 @@ def _smooth(values: np.ndarray, weight: float = 0.8) -> np.ndarray:
 def draw_expert_load(
     model: MsGFMForPreTraining, sources: Sequence[ShardSource], crops: dict[str, list[MaskedCrops]], path: Path
 ) -> Path | None:
-    """Share of each sensor's tokens that each expert takes, per block with experts; `None` for a dense model."""
+    """Share of the choices of a sensor's tokens that fall on each expert, per block; `None` for a dense model."""
     config = model.config
     if not any(config.moe_blocks):
         return None
@@ -299,7 +299,7 @@ def draw_expert_load(
             panel.set_xlabel("expert")
             panel.set_xticks(range(config.num_experts))
             panel.set_yticks(range(len(sensors)), sensors if number == 0 else [])
-        figure.colorbar(picture, ax=axes[0], label="share of the sensor's tokens", fraction=0.03)
+        figure.colorbar(picture, ax=axes[0], label="share of the choices of the sensor's tokens", fraction=0.03)
         figure.suptitle("Where the tokens of each sensor go (validation crops, nothing dropped)", fontsize=9)
         return _save(figure, path)
 
@@ -334,7 +334,7 @@ def draw_experts(report: dict, path: Path) -> Path:
             panel.set_xlabel("expert")
         for panel in axes.flat[len(blocks) :]:
             panel.set_axis_off()
-        figure.colorbar(picture, ax=axes, label="share of the sensor's tokens", fraction=0.03)
+        figure.colorbar(picture, ax=axes, label="share of the choices of the sensor's tokens", fraction=0.03)
         crops = ", ".join(f"{sensor} {n['crops']} in {n['places']}" for sensor, n in report["n"].items())
         figure.suptitle(
             f"Which expert takes whose tokens (entropy at most {report['max_entropy_bits']:.2f} bits)\n"
