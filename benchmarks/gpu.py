@@ -3,9 +3,10 @@
     python benchmarks/gpu.py [--batch 256] [--repeats 7]
 
 Training and inference of our dense trunk, eager and compiled, against `SwinModel` eager and compiled, all in turns; a
-step of the model with experts against a dense one; whether a step of pretraining, from four sensors to the optimiser,
-waits for the host; and the activations that a training step keeps per image. Weights are equal, and outputs are compared in float32 first. Without a CUDA device the
-program says so and ends; `--device cpu --batch 1 --repeats 1` only shows that it runs.
+step of the model with experts against a dense one; whether a step of pretraining, from two sources to the optimiser,
+waits for the host; and the activations that a training step keeps per image. Weights are equal, and outputs are
+compared in float32 first. Without a CUDA device the program says so and ends; `--device cpu --batch 1 --repeats 1` only
+shows that it runs.
 """
 
 import argparse
