@@ -140,7 +140,8 @@ class MultisensorImageClassificationPipeline(_MultisensorPipeline, ImageClassifi
     `softmax`, `sigmoid` or `none`; by default sigmoid for several labels at once or a single one, none for regression,
     otherwise softmax).
 
-    Returns, per place: a list of `{"label": str, "score": float}`, the highest score first.
+    Returns, per place: a list of `{"label": str, "score": float}`, the highest score first. A place without a valid
+    pixel has the scores of features of zeros: what the classifier thinks of nothing.
     """
 
     _parameters = ("top_k", "function_to_apply")
