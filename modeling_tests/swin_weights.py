@@ -3,22 +3,24 @@
 from transformers import SwinConfig, SwinModel, Swinv2Config, Swinv2Model
 
 
+def _shape(config, image_size) -> dict:
+    """What both of their configurations call as ours does."""
+    return {
+        "image_size": image_size,
+        "patch_size": config.patch_size,
+        "num_channels": 3,
+        "embed_dim": config.embed_dim,
+        "depths": config.depths,
+        "num_heads": config.num_heads,
+        "window_size": config.window_size,
+        "drop_path_rate": 0.0,
+        "hidden_act": config.hidden_act,
+        "layer_norm_eps": config.layer_norm_eps,
+    }
+
+
 def swin_with_our_weights(model, image_size):
-    config = model.config
-    swin = SwinModel(
-        SwinConfig(
-            image_size=image_size,
-            patch_size=config.patch_size,
-            num_channels=3,
-            embed_dim=config.embed_dim,
-            depths=config.depths,
-            num_heads=config.num_heads,
-            window_size=config.window_size,
-            drop_path_rate=0.0,
-            hidden_act=config.hidden_act,
-            layer_norm_eps=config.layer_norm_eps,
-        )
-    ).eval()
+    swin = SwinModel(SwinConfig(**_shape(model.config, image_size))).eval()
     ours, theirs = model.state_dict(), {}
     for name in swin.state_dict():
         if name.startswith("embeddings."):
@@ -37,22 +39,8 @@ def swin_with_our_weights(model, image_size):
 
 def swinv2_with_our_weights(model, image_size):
     config = model.config
-    swin = Swinv2Model(
-        Swinv2Config(
-            image_size=image_size,
-            patch_size=config.patch_size,
-            num_channels=3,
-            embed_dim=config.embed_dim,
-            depths=config.depths,
-            num_heads=config.num_heads,
-            window_size=config.window_size,
-            pretrained_window_sizes=config.pretrained_window_sizes,
-            qkv_bias=config.qkv_bias,
-            drop_path_rate=0.0,
-            hidden_act=config.hidden_act,
-            layer_norm_eps=config.layer_norm_eps,
-        )
-    ).eval()
+    more = {"pretrained_window_sizes": config.pretrained_window_sizes, "qkv_bias": config.qkv_bias}
+    swin = Swinv2Model(Swinv2Config(**_shape(config, image_size), **more)).eval()
     ours, theirs = model.state_dict(), {}
     renamed = {"intermediate.dense": "mlp.fc1", "attention.output.dense": "attention.proj", "output.dense": "mlp.fc2"}
     for name in swin.state_dict():
