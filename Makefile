@@ -44,5 +44,5 @@ check: $(STAMP)  ## ruff, formatting, and the architecture test
 	@$(BIN)/ruff format --check .
 	@$(BIN)/python -m pytest -q modeling_tests/test_architecture.py
 
-bench: $(STAMP)  ## print the tables of benchmarks/, about 15 minutes on an idle machine; gpu.py where there is one
+bench: $(STAMP)  ## print the tables of benchmarks/, about 25 minutes on an idle machine; the last on a GPU only
 	@for name in swin experts loader gpu; do $(BIN)/python benchmarks/$$name.py || exit 1; done

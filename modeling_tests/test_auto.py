@@ -152,7 +152,10 @@ REMOTE = """
     options = {"unit": {"rgb": "reflectance"}}
     for task in ("feature-extraction", "classification", "segmentation"):
         pipe = transformers.pipeline(f"multisensor-image-{task}", model=folder, trust_remote_code=True)
-        found = pipe([{"rgb": pixels[0].numpy().clip(0, 1), "dsm": pixels[0, :1].numpy()}] * 3, batch_size=2, **options)
+        place = {"rgb": pixels[0].numpy().clip(0, 1)}
+        if task == "feature-extraction":
+            place["dsm"] = pixels[0, :1].numpy()
+        found = pipe([place] * 3, batch_size=2, **options)
         out[task] = found[2] if task == "feature-extraction" else sorted(found[2][0])
         assert type(pipe).__module__.startswith("transformers_modules")
     print(json.dumps(out))

@@ -312,7 +312,7 @@ def test_late_fusion_lays_out_the_features_of_each_sensor_in_the_order_of_inputs
 
 
 def test_late_fusion_refuses_a_sensor_outside_the_inputs():
-    with pytest.raises(ValueError, match=r"must be of `config.inputs` \(dsm, s1, s2\) with late fusion, got 'rgb'"):
+    with pytest.raises(ValueError, match=r"must be of `config.inputs` \(dsm, s1, s2\), which .* got 'rgb'. For other"):
         tiny(**LATE)(images("rgb"))
 
 
@@ -416,6 +416,7 @@ def test_a_new_sensor_needs_no_decoders_and_no_source(cls, capsys):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     names = [name for name, _ in model.named_parameters()]
     assert names == [name for name, _ in cls(MsGFMConfig(**model.config.to_dict())).named_parameters()]
+    model.config.inputs = {"camera": [name for name, _, _ in EXPECTED]}
     output = model({"camera": torch.randn(1, 5, 32, 32)}, output_hidden_states=True)
     assert all(state.isfinite().all() for state in output.hidden_states)
 
@@ -430,7 +431,7 @@ def test_a_sensor_there_is_or_a_source_there_is_not_are_refused():
     model = tiny()
     with pytest.raises(ValueError, match=r"`spec` must be of a sensor the model does not have .*, got 's1'"):
         model.add_sensor(SENSORS["s1"])
-    with pytest.raises(ValueError, match="sensors of this model .*, got 'lidar'"):
+    with pytest.raises(ValueError, match="`init_from` must be a sensor of the model .*, got 'lidar'. Leave it out"):
         model.add_sensor(CAMERA, init_from="lidar")
     assert "camera" not in model.config.sensors
 

@@ -393,7 +393,9 @@ def test_sensors_that_the_model_or_the_data_lack_are_refused(data):
     model = make_model()
     processor, sources = MsGFMImageProcessor.from_config(model.config), open_sources(data, "train")
     for sensors in (["s2"], [], "rgb"):
-        with pytest.raises(ValueError, match=r"`sensors` must be a list of sensors of the model \(dsm, rgb, s1\), got"):
+        with pytest.raises(
+            ValueError, match=r"`sensors` to keep must be a list of some of the model \(dsm, rgb, s1\), got"
+        ):
             prune_experts(model, processor, sources, sensors)
     with pytest.raises(
         ValueError, match="`sensors` must be in the sources that choose .*, got s1 beside pairs, photos"
@@ -469,7 +471,7 @@ def test_data_are_those_of_the_run_unless_given(data, saved):
         ({"split": "night"}, "`data` must hold a source with the split 'night', got .*pairs, .*photos"),
         ({"data": "twice"}, "`data` must hold each source once, got pairs, pairs, photos"),
         ({"max_crops": 0}, "`max_crops` must be at least 1, got 0"),
-        ({"prune": ["moon"]}, "`sensors` must be a list of sensors of the model"),
+        ({"prune": ["moon"]}, "`sensors` to keep must be a list of some of the model .* got 'moon'"),
         ({"prune": ["rgb"], "split": "train"}, "`split` must be held out to tell what pruning costs, got 'train'"),
     ],
 )
@@ -550,6 +552,10 @@ def test_the_text_of_a_report():
         ],
     }
     said = format_experts(report)
+    assert "the experts do little" not in said
+    report["dense"]["cost"][0]["without"] = 0.495
+    assert "Leaving these MLPs out changes no error by 2 %: the experts do little here" in format_experts(report)
+    report["dense"]["cost"][0]["without"] = 0.6
     assert "Dense model for rgb: 1,000 parameters, from 3,000." in said
     assert "  layers.2.blocks.1 <- expert 1 x 0.60 (took 25% of the choices)" in said
     assert said.endswith("| photos | rgb → rgb | 2 | 2 | 0.500 | 0.550 | 1.10 | 0.600 | 0.800 |")

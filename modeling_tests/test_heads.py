@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 import tiny_models
-from msgfm_hf import MsGFMForImageClassification, MsGFMForSemanticSegmentation
+from msgfm_hf import SENSORS, MsGFMForImageClassification, MsGFMForSemanticSegmentation
 
 
 def tiny(cls, **fields):
@@ -40,7 +40,8 @@ def test_regression_of_one_number():
 
 
 def test_classification_passes_on_sensors_bands_masks_and_what_is_asked_for():
-    model = tiny(MsGFMForImageClassification)
+    bands = {sensor: SENSORS[sensor].band_names for sensor in ("s1", "s2", "dsm")}
+    model = tiny(MsGFMForImageClassification, inputs=bands)
     pixels = {"s2": torch.randn(2, 2, 32, 32), "s1": torch.randn(2, 2, 32, 32)}
     valid = {"s1": torch.rand(2, 32, 32) > 0.5}
     arguments = {"bands": {"s2": ["B04", "B08"]}, "valid_mask": valid}
@@ -190,3 +191,14 @@ def test_late_fusion_widens_the_head(cls):
 def test_segmentation_wants_two_classes():
     with pytest.raises(ValueError, match="`num_labels` must be at least 2 for segmentation, got 1. What is left over"):
         tiny(MsGFMForSemanticSegmentation, num_labels=1)
+
+
+@pytest.mark.parametrize("cls", [MsGFMForImageClassification, MsGFMForSemanticSegmentation])
+@pytest.mark.parametrize("fusion", ["early", "late"])
+def test_a_head_refuses_sensors_it_was_not_made_for(cls, fusion):
+    model = tiny(cls, inputs={"s1": ["VV", "VH"], "dsm": ["height"]}, fusion=fusion)
+    assert model({"s1": torch.randn(1, 2, 16, 16)}).logits.isfinite().all()
+    with pytest.raises(
+        ValueError, match=r"must be of `config.inputs` \(dsm, s1\), which heads .* got 'rgb'. For other"
+    ):
+        model({"s1": torch.randn(1, 2, 16, 16), "rgb": torch.randn(1, 3, 16, 16)})

@@ -29,6 +29,7 @@ CLASSES = "multisensor-image-classification"
 MASKS = "multisensor-image-segmentation"
 MODELS = {FEATURES: MsGFMModel, CLASSES: MsGFMForImageClassification, MASKS: MsGFMForSemanticSegmentation}
 S1 = {"inputs": {"s1": ["VV", "VH"]}}
+BOTH = {"inputs": {"s1": ["VV", "VH"], "dsm": ["height"]}}
 S2 = {"inputs": {"s2": ["B02", "B03", "B04", "B08"]}}
 NAMES = {0: "water", 1: "forest", 2: "field", 3: "town"}
 
@@ -119,7 +120,7 @@ def test_features_are_those_of_the_model():
 
 
 def test_classes_are_sorted_scores_with_names():
-    pipe, place = make(CLASSES), {"s1": backscatter(), "dsm": heights()}
+    pipe, place = make(CLASSES, BOTH), {"s1": backscatter(), "dsm": heights()}
     expected = by_hand(pipe, place)[1].logits.softmax(-1)[0]
     found = pipe(place)
     assert [entry["score"] for entry in found] == pytest.approx(expected.sort(descending=True).values.tolist())
@@ -145,7 +146,7 @@ def test_scores_are_what_the_problem_type_says(problem, function, expected):
 
 
 def test_masks_share_out_the_pixels_that_are_valid_in_some_sensor():
-    pipe, radar, ground = make(MASKS), backscatter(), heights()
+    pipe, radar, ground = make(MASKS, BOTH), backscatter(), heights()
     radar[0, :6], ground[:, :5] = np.nan, np.nan  # the corner has neither
     place = {"s1": radar, "dsm": ground}
     inputs, outputs = by_hand(pipe, place)
@@ -181,14 +182,15 @@ def test_a_picture_gives_what_the_stock_pipelines_give(task, batch_size):
 
 @pytest.mark.parametrize("task", MODELS)
 def test_arrays_tensors_and_files_are_one_image(task, tmp_path):
-    pipe, radar, ground = make(task), backscatter(), heights()
+    pipe, radar, ground = make(task, BOTH), backscatter(), heights()
     path, other = write(tmp_path / "s1.tif", radar, ("VV", "VH")), write(tmp_path / "dsm.tif", ground)
-    single, both = pipe(radar), pipe({"s1": radar, "dsm": ground})
+    single, both = pipe(radar, sensor="s1"), pipe({"s1": radar, "dsm": ground})
     assert plain(single) != plain(both)
-    for image in (torch.from_numpy(radar), radar.transpose(1, 2, 0), path, str(path), {"s1": str(path)}):
-        same(pipe(image), single)
+    for image in (torch.from_numpy(radar), radar.transpose(1, 2, 0), path, str(path)):
+        same(pipe(image, sensor="s1"), single)
+    same(pipe({"s1": str(path)}), single)
     # Files name their bands, in whichever order.
-    same(pipe(write(tmp_path / "reversed.tif", radar[::-1], ("VH", "VV"))), single)
+    same(pipe(write(tmp_path / "reversed.tif", radar[::-1], ("VH", "VV")), sensor="s1"), single)
     same(pipe({"s1": path, "dsm": other}), both)
     same(pipe({"dsm": ground, "s1": path}), both)
 
@@ -212,14 +214,14 @@ def test_lists_generators_and_datasets_hold_places(task, tmp_path):
 
 @pytest.mark.parametrize("task", MODELS)
 def test_results_do_not_depend_on_the_batch(task, monkeypatch):
-    pipe = make(task)
-    radars = [backscatter(seed, height) for seed, height in enumerate((21, 14, 21, 14, 21))]
+    pipe = make(task, BOTH)
+    radars = [{"s1": backscatter(seed, height)} for seed, height in enumerate((21, 14, 21, 14, 21))]
     places = [
         radars[0],
         radars[1],
-        {"s1": radars[2], "dsm": heights(2)},
-        {"s1": radars[3]},
-        {"dsm": heights(4), "s1": radars[4]},
+        {**radars[2], "dsm": heights(2)},
+        radars[3],
+        {"dsm": heights(4), **radars[4]},
     ]
     one_by_one = [pipe(place) for place in places]
     sizes = forwards(pipe, monkeypatch)
@@ -230,6 +232,20 @@ def test_results_do_not_depend_on_the_batch(task, monkeypatch):
     sizes.clear()
     same(pipe([radars[0], radars[2], radars[4]], batch_size=3), [one_by_one[0], pipe(radars[2]), pipe(radars[4])])
     assert sizes == [3, 1, 1]
+
+
+@pytest.mark.parametrize("task", MODELS)
+def test_no_places_give_no_results(task):
+    assert make(task)([]) == []
+
+
+def test_what_the_model_expects_counts_whatever_processor_was_saved_with_it():
+    model = tiny_models.tiny(MsGFMForImageClassification, **S2)
+    processor = MsGFMImageProcessor()
+    pipe, places = pipeline(CLASSES, model=model, image_processor=processor), np.random.default_rng(0).random((4, 9, 9))
+    expected = pipeline(CLASSES, model=model, image_processor=MsGFMImageProcessor.from_config(model.config))
+    assert pipe(places, unit="reflectance") == expected(places, unit="reflectance")
+    assert processor.inputs == MsGFMImageProcessor().inputs
 
 
 def test_bands_named_in_another_order_and_fewer_bands_reach_the_model():
@@ -295,7 +311,7 @@ def test_real_scenes_of_two_sensors_in_a_batch(sample_data):
 
 @pytest.mark.parametrize("task", MODELS)
 def test_a_saved_checkpoint_is_a_pipeline_by_its_tasks_name(task, tmp_path):
-    pipe, place = make(task), {"s1": backscatter(), "dsm": heights()}
+    pipe, place = make(task, BOTH), {"s1": backscatter(), "dsm": heights()}
     pipe.save_pretrained(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {
         "config.json",
@@ -316,7 +332,7 @@ def test_tasks_are_registered_under_their_names():
 
 @pytest.mark.parametrize("task", MODELS)
 def test_half_precision(task):
-    pipe, place = make(task), {"s1": backscatter(), "dsm": heights()}
+    pipe, place = make(task, BOTH), {"s1": backscatter(), "dsm": heights()}
     exact = pipe(place)
     pipe.model.to(torch.bfloat16)
     for found in (pipe(place), pipe([place, place], batch_size=2)[1]):

@@ -207,9 +207,10 @@ def test_a_source_is_predicted_as_if_it_came_alone(data, seed):
         for source, reconstruction in enumerate(together.reconstruction):
             alone = model(**{name: [values[source]] for name, values in batch.items()})
             for name, prediction in reconstruction.items():
-                torch.testing.assert_close(prediction, alone.reconstruction[0][name], atol=1e-8, rtol=1e-6)
+                # The router computes in single precision.
+                torch.testing.assert_close(prediction, alone.reconstruction[0][name], atol=1e-6, rtol=1e-4)
             total = total + batch["weights"][source] * sum(alone.slice_losses[0].values())
-    torch.testing.assert_close(together.loss, total, atol=1e-8, rtol=1e-6, check_dtype=False)
+    torch.testing.assert_close(together.loss, total, atol=1e-6, rtol=1e-4, check_dtype=False)
 
 
 @cases("heads")

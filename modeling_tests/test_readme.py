@@ -45,7 +45,7 @@ def test_snippets_run_one_after_the_other(name, code, namespace, monkeypatch, ca
     if name == "pipelines":
         assert [v.shape for v in namespace["vectors"]] == [(1, 192)] * 2
     if name == "trainer":
-        assert namespace["trainer"].state.global_step == 1
+        assert namespace["trainer"].state.global_step == 1 and namespace["best"]["label"] in ("field", "forest")
     if name == "sensor":
         assert "skysat nir <- s2 B08, 22 nm" in capsys.readouterr().out
         assert "skysat" in namespace["model"].config.sensors and "skysat" in namespace["processor"].sensors

@@ -20,6 +20,7 @@ from msgfm_hf import (
 
 DENSE = {**tiny_models.TINY, "moe_blocks": [[], []], "num_labels": 2}
 S1 = {"inputs": {"s1": ["VV", "VH"]}}
+BOTH = {"inputs": {"s1": ["VV", "VH"], "dsm": ["height"]}}
 
 
 def backscatter(rng, rows=None, height=16, width=16):
@@ -144,7 +145,7 @@ def classifier(**fields):
 
 
 def test_a_plain_loop_learns_from_several_sensors():
-    samples, model = radar_and_heights(8), classifier().train()
+    samples, model = radar_and_heights(8), classifier(**BOTH).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(10):
@@ -286,7 +287,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(tmp_path, cls, field
 def test_trainer_takes_batches_of_several_sensors(tmp_path):
     samples = radar_and_heights(8)
     trainer = Trainer(
-        model=classifier(),
+        model=classifier(**BOTH),
         args=arguments(
             tmp_path, max_steps=16, learning_rate=3e-3, logging_steps=1, remove_unused_columns=False, eval_steps=8
         ),

@@ -130,7 +130,7 @@ def _report(parser: argparse.ArgumentParser):
         "--prune",
         nargs="+",
         metavar="SENSOR",
-        help="also write FOLDER/dense, a model without experts for these sensors",
+        help="(after RUN) also write FOLDER/dense, a model without experts for these sensors",
     )
     parser.set_defaults(run=_run_report)
 

@@ -13,7 +13,15 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_msgfm import MsGFMConfig
-from .modeling_msgfm import MsGFMModel, MsGFMModelOutput, MsGFMPreTrainedModel, PixelValues, by_sensor, shared_grid
+from .modeling_msgfm import (
+    MsGFMModel,
+    MsGFMModelOutput,
+    MsGFMPreTrainedModel,
+    PixelValues,
+    by_sensor,
+    refuse_undeclared,
+    shared_grid,
+)
 
 
 @dataclass
@@ -36,6 +44,12 @@ class MsGFMHeadOutput(ModelOutput):
 
 
 class _MsGFMHead(MsGFMPreTrainedModel):
+    """What both heads share. They take the sensors of `config.inputs`, or some of them."""
+
+    def _run_trunk(self, pixel_values: PixelValues | None, **kwargs) -> MsGFMModelOutput:
+        refuse_undeclared(self.config, by_sensor(self.config, pixel_values, "pixel_values") or {})
+        return self.msgfm(pixel_values, **kwargs)
+
     def _output(self, loss, logits, outputs: MsGFMModelOutput, hidden_states) -> MsGFMHeadOutput:
         if loss is not None and self.training and outputs.aux_loss is not None:
             loss = loss + self.config.router_aux_loss_coef * outputs.aux_loss
@@ -70,11 +84,11 @@ class MsGFMForImageClassification(_MsGFMHead):
     ) -> MsGFMHeadOutput:
         r"""
         Args:
-            pixel_values, bands, valid_mask, reference: as of `MsGFMModel`.
+            pixel_values, bands, valid_mask, reference: as of `MsGFMModel`, of sensors in `config.inputs`.
             labels: (B,) class ids; (B, labels) of 0/1 for `problem_type="multi_label_classification"`; (B,) numbers for
                 one label.
         """
-        outputs = self.msgfm(pixel_values, bands=bands, valid_mask=valid_mask, reference=reference, **kwargs)
+        outputs = self._run_trunk(pixel_values, bands=bands, valid_mask=valid_mask, reference=reference, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         return self._output(loss, logits, outputs, outputs.hidden_states)
@@ -115,10 +129,10 @@ class MsGFMForSemanticSegmentation(_MsGFMHead):
     ) -> MsGFMHeadOutput:
         r"""
         Args:
-            pixel_values, bands, valid_mask, reference: as of `MsGFMModel`.
+            pixel_values, bands, valid_mask, reference: as of `MsGFMModel`, of sensors in `config.inputs`.
             labels: (B, H, W) class ids; `config.semantic_loss_ignore_index` counts nowhere.
         """
-        outputs = self.msgfm(pixel_values, bands=bands, valid_mask=valid_mask, reference=reference, **kwargs)
+        outputs = self._run_trunk(pixel_values, bands=bands, valid_mask=valid_mask, reference=reference, **kwargs)
         maps = outputs.reshaped_hidden_states[1:]
         features = [norm(stage.flatten(2).transpose(1, 2)) for stage, norm in zip(maps, self.norms, strict=False)]
         # The trunk's own norm is that of the last stage.

@@ -204,7 +204,7 @@ def read_geotiff(path: str | os.PathLike) -> GeoTiff:
     except Exception as error:  # tifffile and every codec behind it raise types of their own
         raise _UnusableTiffError(
             f"`path` must be a readable TIFF, got {str(path)!r} ({type(error).__name__}: {error}). "
-            "Fetch or write the file again."
+            "Open pictures of other formats with PIL; a broken TIFF must be fetched or written again."
         ) from error
 
 

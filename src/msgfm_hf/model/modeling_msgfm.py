@@ -974,6 +974,11 @@ class MsGFMPreTrainedModel(PreTrainedModel):
                 f"`spec` must be of a sensor the model does not have ({', '.join(config.sensors)}), got {spec.id!r}. "
                 "Give it another id."
             )
+        if init_from is not None and init_from not in config.sensors:
+            raise ValueError(
+                f"`init_from` must be a sensor of the model ({', '.join(config.sensors)}), got {init_from!r}. Leave it "
+                "out to start afresh."
+            )
         source = None if init_from is None else config.sensor(init_from)
         matches = [(band.name, *_nearest_band(band, source)) for band in spec.bands]
         config.sensors = dict(sorted({**config.sensors, spec.id: spec.to_dict()}.items()))
@@ -1136,6 +1141,21 @@ def refuse_unmatched(argument: str, given: Mapping | None, pixel_values: Mapping
         )
 
 
+def refuse_undeclared(config: MsGFMConfig, pixel_values: Mapping):
+    """Raise for a sensor that `config.inputs` lacks: a head, or joined features, have no place for it.
+
+    Raises:
+        ValueError: naming it.
+    """
+    undeclared = sorted(set(pixel_values) - set(config.inputs))
+    if undeclared:
+        raise ValueError(
+            f"`pixel_values` must be of `config.inputs` ({', '.join(config.inputs)}), which heads and late fusion are "
+            f"made for, got {undeclared[0]!r}. For other sensors load the model with `inputs={{sensor: bands}}` and "
+            "train it on them."
+        )
+
+
 # What Transformers itself sends through every forward, and no more: a misspelt argument must not vanish in `**kwargs`.
 _KNOWN_KWARGS = {*TransformersKwargs.__annotations__, "return_dict", "output_attentions", "output_hidden_states"}
 
@@ -1215,12 +1235,7 @@ class MsGFMModel(MsGFMPreTrainedModel):
         if self.config.fusion == "early":
             slices = [pixel_values]
         else:
-            absent = [sensor for sensor in pixel_values if sensor not in self.config.inputs]
-            if absent:
-                raise ValueError(
-                    f"`pixel_values` must be of `config.inputs` ({', '.join(self.config.inputs)}) with late fusion, "
-                    f"got {absent[0]!r}. Features are laid out in the order of `config.inputs`: add the sensor there."
-                )
+            refuse_undeclared(self.config, pixel_values)
             slices = [{sensor: pixels} for sensor, pixels in pixel_values.items()]
         parts = [self.embeddings(part, bands, valid_mask, bool_masked_pos) for part in slices]
         grid, rows = parts[0].grid, [part.hidden_states.shape[0] for part in parts]

@@ -1,16 +1,9 @@
 # Copyright 2026 The msgfm_hf contributors. Licensed under the Apache License, Version 2.0.
 """Pipelines for images of any sensor: what goes in is what the image processor takes, what comes out is what the stock
 pipelines of Transformers give.
-
-A place is an image (numpy array, tensor, PIL image or the path of a GeoTIFF) of the checkpoint's single sensor, or
-`{sensor: image}` with one image per sensor on one pixel grid; a list, a generator or a dataset holds several places.
-With `batch_size`, places of equal size and sensors share one forward, others run apart; results do not depend on it.
-The model is put into evaluation mode.
-
-Arguments, at construction or in a call: `sensor`, `bands`, `unit`, `scale`, `offset`, `level`, `nodata`, `reference`,
-`check` and `input_data_format` as in `MsGFMImageProcessor.preprocess`, for all places; entries of `{sensor: value}` for
-a sensor that a place lacks are left out there. `ValueError` for input that is not as described.
 """
+
+import copy
 
 import torch
 from torch import Tensor
@@ -44,6 +37,31 @@ class _MultisensorPipeline(Pipeline):
     _load_video_processor = False
     _parameters: tuple[str, ...]  # of the call, besides those of the image processor
     _outputs: tuple[str, ...]  # of the model, each with the batch as its first axis
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.image_processor.inputs != self.model.config.inputs:
+            # A head may have been made for other inputs than the checkpoint whose processor was saved with it.
+            self.image_processor = copy.copy(self.image_processor)
+            self.image_processor.inputs = dict(self.model.config.inputs)
+
+    def __call__(self, images, **options):
+        """Run places through the model, which is put into evaluation mode.
+
+        Args:
+            images: a place, or a list, a generator or a dataset of places. A place is an image (numpy array, tensor,
+                PIL image or the path of a GeoTIFF) of the checkpoint's single sensor, or `{sensor: image}` with one
+                image per sensor on one pixel grid.
+            sensor, bands, unit, scale, offset, level, nodata, reference, check, input_data_format: as of
+                `MsGFMImageProcessor.preprocess`, here or at construction, for all places. Entries of `{sensor: value}`
+                for a sensor that a place lacks are left out there.
+            batch_size (`int`, *optional*): places that run together where they have one size and the same sensors;
+                results do not depend on it.
+
+        Raises:
+            ValueError: for input that is not as described.
+        """
+        return [] if isinstance(images, list) and not images else super().__call__(images, **options)
 
     def _sanitize_parameters(self, **parameters):
         known = (*_PROCESSOR_OPTIONS, *self._parameters)
@@ -111,7 +129,7 @@ class _MultisensorPipeline(Pipeline):
 
 
 class MultisensorImageFeatureExtractionPipeline(_MultisensorPipeline, ImageFeatureExtractionPipeline):
-    """Features of places, for the task `multisensor-image-feature-extraction`; for its input see the top of this file.
+    """Features of places, for the task `multisensor-image-feature-extraction`; `__call__` says what goes in.
 
     ```python
     extractor = pipeline("multisensor-image-feature-extraction", model=folder)
@@ -129,7 +147,7 @@ class MultisensorImageFeatureExtractionPipeline(_MultisensorPipeline, ImageFeatu
 
 
 class MultisensorImageClassificationPipeline(_MultisensorPipeline, ImageClassificationPipeline):
-    """Classes of places, for the task `multisensor-image-classification`; for its input see the top of this file.
+    """Classes of places, for the task `multisensor-image-classification`; `__call__` says what goes in.
 
     ```python
     classifier = pipeline("multisensor-image-classification", model=folder)
@@ -149,8 +167,7 @@ class MultisensorImageClassificationPipeline(_MultisensorPipeline, ImageClassifi
 
 
 class MultisensorImageSegmentationPipeline(_MultisensorPipeline, ImageSegmentationPipeline):
-    """Masks of the classes in places, for the task `multisensor-image-segmentation`; for its input see the top of this
-    file.
+    """Masks of the classes in places, for the task `multisensor-image-segmentation`; `__call__` says what goes in.
 
     ```python
     segmenter = pipeline("multisensor-image-segmentation", model=folder)

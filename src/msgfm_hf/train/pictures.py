@@ -372,7 +372,7 @@ def draw_expert_crops(
         figure, axes = plt.subplots(
             len(rows),
             columns,
-            figsize=(1.9 * columns + 0.6, 2.35 * len(rows) + 0.7),
+            figsize=(1.9 * columns + 0.6, 2.45 * len(rows) + 0.7),
             squeeze=False,
             layout="constrained",
         )
@@ -413,9 +413,9 @@ def _draw_expert_crop(panel, processor: MsGFMImageProcessor, crop: ExpertCrop):
     bands = "true colour"
     if len(stretch.index) == 1:
         bands = f"{stretch.label}: {stretch.low[0]:.3g} to {stretch.high[0]:.3g}"
-    name = found["key"] if len(found["key"]) < 29 else f"{found['key'][:13]}…{found['key'][-14:]}"
+    name = found["key"] if len(found["key"]) < 25 else f"{found['key'][:11]}…{found['key'][-12:]}"
     panel.set_title(f"{found['share']:.0%} of {found['tokens']} tokens, gate {found['gate']:.2f}", fontsize=7.5)
-    panel.set_xlabel(f"{crop.source.name}, {crop.sensor}, {bands}\n{name}", fontsize=6.5)
+    panel.set_xlabel(f"{crop.source.name}, {crop.sensor}\n{bands}\n{name}", fontsize=6.5)
 
 
 def _outline(lit: np.ndarray) -> list[list[tuple[float, float]]]:
