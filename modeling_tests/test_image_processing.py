@@ -951,7 +951,7 @@ def test_a_file_with_flipped_bits_is_refused(tmp_path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 0xFF
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"`path` must be a readable TIFF, got .*flipped.tif.*Fetch or write"):
+    with pytest.raises(ValueError, match=r"`path` must be a readable TIFF, got .*flipped.tif.*PIL"):
         read_geotiff(path)
 
 
