@@ -2,10 +2,6 @@
 
 import json
 import logging
-import os
-import subprocess
-import sys
-import textwrap
 
 import numpy as np
 import pytest
@@ -26,6 +22,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 import msgfm_hf
 from msgfm_hf.hub.code import AUTO_MAP, CUSTOM_PIPELINES, write_model_code
+from without_package import run_without_package
 
 TINY = {
     "embed_dim": 12,
@@ -171,19 +168,7 @@ def test_the_same_checkpoint_works_through_remote_code_alone(tmp_path, monkeypat
     write_model_code(folder)
     pixels = torch.randn(1, 3, 29, 37)
     torch.save(pixels, tmp_path / "pixels.pt")
-    # -S and -P keep site-packages' editable installs and the working folder out; the libraries come back by path.
-    script = tmp_path / "remote.py"
-    libraries = [path for path in sys.path if path.endswith("site-packages")]
-    script.write_text(f"import sys\nsys.path += {libraries!r}\n" + textwrap.dedent(REMOTE))
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(tmp_path / "hub")}
-    done = subprocess.run(
-        [sys.executable, "-S", "-P", str(script), str(folder), str(tmp_path / "pixels.pt")],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_without_package(tmp_path, REMOTE, str(folder), str(tmp_path / "pixels.pt"))
     assert "not supported" not in done.stderr
     remote = json.loads(done.stdout.splitlines()[-1])
     with torch.no_grad():

@@ -12,12 +12,9 @@ from msgfm_hf import (
     MsGFMConfig,
     MsGFMForImageClassification,
     MsGFMForPreTraining,
-    MsGFMForSemanticSegmentation,
-    MsGFMModel,
 )
-from tiny_models import RGB, TINY, tiny
+from tiny_models import CLASSES, RGB, TINY, tiny
 
-CLASSES = [MsGFMModel, MsGFMBackbone, MsGFMForPreTraining, MsGFMForImageClassification, MsGFMForSemanticSegmentation]
 # One half of the tokens finds no room, without noise: what a compiled and a plain model must drop alike.
 STEADY = {"router_noise": 0.0, "capacity_factor": 0.5, "num_labels": 3}
 MASK = torch.arange(80).expand(2, 80) % 3 == 0

@@ -17,20 +17,18 @@ from msgfm_hf import (
     MsGFMConfig,
     MsGFMForImageClassification,
     MsGFMForPreTraining,
-    MsGFMForSemanticSegmentation,
     MsGFMModel,
     count_parameters,
 )
 from msgfm_hf.model import modeling_msgfm
 from swin_weights import swin_with_our_weights
-from tiny_models import TINY, lively, tiny
+from tiny_models import CLASSES, TINY, lively, tiny
 
 _S2 = SENSORS["s2"].to_dict()
 PAPER_WITHOUT_B10 = {
     **{sensor: SENSORS[sensor].to_dict() for sensor in ("rgb", "s1", "dsm")},
     "s2": {**_S2, "bands": [band for band in _S2["bands"] if band["name"] != "B10"]},
 }
-CLASSES = [MsGFMModel, MsGFMBackbone, MsGFMForPreTraining, MsGFMForImageClassification, MsGFMForSemanticSegmentation]
 
 
 def main_output(output):

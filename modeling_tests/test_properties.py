@@ -5,11 +5,7 @@ The cases are drawn by hypothesis, the same in every run. `CASES` says how many 
 
 import json
 import math
-import subprocess
-import sys
 import tempfile
-import textwrap
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,10 +25,12 @@ from msgfm_hf import (
     MsGFMModel,
 )
 from msgfm_hf.hub.code import write_model_code
+from tiny_models import CLASSES
+from without_package import run_without_package
 
 CASES = {"runs": 200, "alone": 60, "heads": 60, "refused": 200, "bf16": 60, "saved": 60, "remote": 8}
 CATALOGUE = ("rgb", "s2", "s1", "dsm")
-HEADS = (MsGFMModel, MsGFMBackbone, MsGFMForImageClassification, MsGFMForSemanticSegmentation)
+HEADS = [cls for cls in CLASSES if cls is not MsGFMForPreTraining]
 
 
 def cases(kind: str):
@@ -222,23 +220,19 @@ def test_any_valid_configuration_serves_every_head(data, seed, training):
     names = data.draw(st.sets(st.sampled_from(sorted(config.inputs)), min_size=1))
     rows, size = data.draw(st.integers(1, 3)), (data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40)))
     inputs = data.draw(images(config, sorted(names), rows, size, torch.float32))
-    shapes = {
-        MsGFMModel: ("pooler_output", (rows, model.num_features if cls is MsGFMModel else 0)),
-        MsGFMForImageClassification: ("logits", (rows, 3)),
-        MsGFMForSemanticSegmentation: ("logits", (rows, 3, *size)),
-    }
     if cls is MsGFMForImageClassification:
         inputs["labels"] = torch.randint(0, 3, (rows,))
     if cls is MsGFMForSemanticSegmentation:
         inputs["labels"] = torch.randint(0, 3, (rows, *size))
     output = model(**inputs)
-    if cls is MsGFMBackbone:
-        main = output.feature_maps[-1]
-        stride = config.encoder_stride
-        assert main.shape == (rows, model.channels[-1], *(math.ceil(side / stride) for side in size))
+    if cls is MsGFMModel:
+        main, shape = output.pooler_output, (rows, model.num_features)
+    elif cls is MsGFMBackbone:
+        main, shape = output.feature_maps[-1], (rows, model.channels[-1])
+        shape += tuple(math.ceil(side / config.encoder_stride) for side in size)
     else:
-        main = output[shapes[cls][0]]
-        assert main.shape == shapes[cls][1]
+        main, shape = output.logits, (rows, 3, *(size if cls is MsGFMForSemanticSegmentation else ()))
+    assert main.shape == shape
     loss = output.get("loss")
     (main.float().square().mean() if loss is None else loss).backward()
     assert main.isfinite().all() and (loss is None or loss.isfinite())
@@ -353,7 +347,7 @@ def test_gradients_stay_finite_in_bf16_on_extreme_pixels(data, seed, pure):
 @cases("saved")
 @given(data=st.data(), seed=st.integers(0, 2**16))
 def test_any_valid_configuration_comes_back_from_a_folder(data, seed):
-    cls = data.draw(st.sampled_from([*HEADS, MsGFMForPreTraining]))
+    cls = data.draw(st.sampled_from(CLASSES))
     model = make(cls, data.draw(fields()), seed).eval()
     names = data.draw(st.sets(st.sampled_from(sorted(model.config.inputs)), min_size=1))
     size = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 30))
@@ -399,17 +393,6 @@ def test_any_valid_configuration_runs_through_remote_code(tmp_path):
             expected[str(folder)] = model(**inputs).last_hidden_state.double().sum().item()
 
     save()
-    # Without the package: -S and -P keep editable installs and the working folder out, the libraries come by path.
-    libraries = [path for path in sys.path if path.endswith("site-packages")]
-    script = Path(tmp_path, "remote.py")
-    script.write_text(f"import sys\nsys.path += {libraries!r}\n" + textwrap.dedent(REMOTE))
-    done = subprocess.run(
-        [sys.executable, "-S", "-P", str(script), *expected],
-        capture_output=True,
-        text=True,
-        env={"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PATH": "", "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_without_package(tmp_path, REMOTE, *expected)
     assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(list(expected.values()), rel=1e-6)
     assert len(expected) == CASES["remote"]

@@ -2,8 +2,17 @@
 
 import torch
 
-from msgfm_hf import SENSORS, MsGFMConfig, MsGFMModel
+from msgfm_hf import (
+    SENSORS,
+    MsGFMBackbone,
+    MsGFMConfig,
+    MsGFMForImageClassification,
+    MsGFMForPreTraining,
+    MsGFMForSemanticSegmentation,
+    MsGFMModel,
+)
 
+CLASSES = [MsGFMModel, MsGFMBackbone, MsGFMForPreTraining, MsGFMForImageClassification, MsGFMForSemanticSegmentation]
 TINY = {
     "embed_dim": 16,
     "depths": [2, 2],
