@@ -17,12 +17,13 @@ from msgfm_hf.model.modeling_msgfm import MsGFMForPreTraining
 from msgfm_hf.train.checkpoint import (
     Checkpoint,
     CheckpointError,
+    find_checkpoints,
     load_checkpoint,
-    newest_checkpoint,
     save_checkpoint,
     save_model,
     write_text,
 )
+from msgfm_hf.train.processes import full_optimizer_state, full_weights, load_optimizer_state
 
 MADE_BY = {"identity": {"seed": 0, "learning_rate": 1e-4, "sources": {"rgb": {"rows": 12, "sensors": ["rgb"]}}}}
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -56,10 +57,13 @@ class Run:
 
     def save(self, folder, step, limit=2):
         state = {"step": step, "best": {"score": 0.5, "step": step}, "bad": [["rgb[3]", "damage"]]}
-        return save_checkpoint(folder, self.model, self.processor, self.optimizer, state, MADE_BY, limit)
+        weights, optimizer_state = full_weights(self.model), full_optimizer_state(self.model, self.optimizer)
+        return save_checkpoint(folder, self.model, self.processor, weights, optimizer_state, state, MADE_BY, limit)
 
-    def load(self, checkpoint, made_by=MADE_BY):
-        return load_checkpoint(checkpoint, self.model, self.optimizer, made_by)
+    def load(self, folder, made_by=MADE_BY):
+        state, optimizer_state = load_checkpoint(folder, self.model, made_by)
+        load_optimizer_state(self.model, self.optimizer, optimizer_state)
+        return state
 
     def weights(self):
         return {name: value.clone() for name, value in self.model.state_dict().items()}
@@ -100,7 +104,7 @@ def test_what_is_saved_comes_back_bit_by_bit(tmp_path, run):
     checkpoint = run.save(tmp_path, 40)
     assert checkpoint == Checkpoint(tmp_path / "checkpoints" / "step-00000040", 40)
     other = Run(seed=5)
-    state = other.load(newest_checkpoint(tmp_path))
+    state = other.load(tmp_path)
     assert state == {"step": 40, "best": {"score": 0.5, "step": 40}, "bad": [["rgb[3]", "damage"]]}
     assert_equal(run.weights(), other.weights())
     # The moments too: the next steps are the same.
@@ -118,10 +122,10 @@ def test_a_checkpoint_is_a_folder_that_transformers_loads(tmp_path, run):
 
 
 def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path, run):
-    assert newest_checkpoint(tmp_path) is None
+    assert find_checkpoints(tmp_path) == [] and load_checkpoint(tmp_path, run.model, MADE_BY) is None
     for step in (9, 100, 20):
         run.save(tmp_path, step, limit=5)
-    assert newest_checkpoint(tmp_path).step == 100
+    assert [checkpoint.step for checkpoint in find_checkpoints(tmp_path)] == [100, 20, 9]
 
 
 def test_only_the_newest_stay(tmp_path, run):
@@ -136,7 +140,7 @@ def test_saving_a_step_again_replaces_it(tmp_path, run):
     run.save(tmp_path, 10)
     run.step().save(tmp_path, 10)
     other = Run(seed=5)
-    other.load(newest_checkpoint(tmp_path))
+    other.load(tmp_path)
     assert_equal(run.weights(), other.weights())
 
 
@@ -146,7 +150,7 @@ def test_what_a_killed_process_left_half_written_is_no_checkpoint(tmp_path, run)
     torn.mkdir()
     (torn / "model.safetensors").write_bytes(b"half of")
     (torn / "left over").write_text("x")
-    assert newest_checkpoint(tmp_path).step == 10
+    assert find_checkpoints(tmp_path)[0].step == 10
     saved = run.save(tmp_path, 20)
     assert names(tmp_path / "checkpoints") == ["step-00000010", "step-00000020"]
     assert "left over" not in names(saved.path)
@@ -156,7 +160,7 @@ def test_a_folder_that_somebody_set_aside_is_no_checkpoint(tmp_path, run):
     run.save(tmp_path, 10)
     (tmp_path / "checkpoints" / "step-00000010").rename(tmp_path / "checkpoints" / "step-00000010.bak")
     run.save(tmp_path, 7)
-    assert newest_checkpoint(tmp_path).step == 7
+    assert find_checkpoints(tmp_path)[0].step == 7
 
 
 def test_the_model_of_a_run_is_replaced_file_by_file(tmp_path, run):
@@ -209,10 +213,10 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, run, no_room, failur
     no_room.undo()
     assert names(tmp_path / "checkpoints") == ["step-00000010"]
     other = Run(seed=5)
-    assert other.load(newest_checkpoint(tmp_path))["step"] == 10
+    assert other.load(tmp_path)["step"] == 10
     assert_equal(before, other.weights())
     # With room again the run goes on.
-    assert run.save(tmp_path, 30) == newest_checkpoint(tmp_path)
+    assert run.save(tmp_path, 30) == find_checkpoints(tmp_path)[0]
 
 
 @pytest.mark.parametrize("failure", FAILURES)
@@ -253,7 +257,7 @@ def test_writes_that_really_fail(tmp_path, run, small_files):
     small_files(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     assert names(tmp_path / "checkpoints") == ["step-00000010"]
     assert_equal(before, MsGFMForPreTraining.from_pretrained(tmp_path).state_dict())
-    Run(seed=5).load(newest_checkpoint(tmp_path))
+    Run(seed=5).load(tmp_path)
 
 
 def test_a_folder_that_cannot_be_made_is_the_same_error(tmp_path, run):
@@ -274,9 +278,9 @@ def test_a_truncated_file_is_an_error_that_says_what_to_do(tmp_path, run, file, 
     path.write_bytes(whole[: int(len(whole) * keep) if isinstance(keep, float) else keep])
     before = run.weights()
     with pytest.raises(
-        CheckpointError, match="`resume` must find a whole checkpoint, got .*step-00000010.*Remove this"
+        CheckpointError, match="`resume` must find a whole checkpoint, got .*step-00000010.*Bring its files back"
     ):
-        run.load(checkpoint)
+        run.load(tmp_path)
     assert_equal(before, run.weights())
 
 
@@ -286,9 +290,9 @@ def test_a_file_with_other_bytes_is_an_error_that_says_what_to_do(tmp_path, run,
     checkpoint = run.save(tmp_path, 10)
     (checkpoint.path / file).write_bytes(content)
     with pytest.raises(
-        CheckpointError, match="`resume` must find a whole checkpoint, got .*step-00000010.*Remove this"
+        CheckpointError, match="`resume` must find a whole checkpoint, got .*step-00000010.*Bring its files back"
     ):
-        run.load(checkpoint)
+        run.load(tmp_path)
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt"])
@@ -300,7 +304,7 @@ def test_a_single_flipped_bit_is_found(tmp_path, run, file, place):
     stored[int(place * len(stored))] ^= 0x10
     (checkpoint.path / file).write_bytes(stored)
     with pytest.raises(CheckpointError, match=f"`resume` must find a whole checkpoint, got .* whose {file} cannot be"):
-        run.load(checkpoint)
+        run.load(tmp_path)
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "state.json"])
@@ -308,19 +312,38 @@ def test_a_missing_file_is_an_error_that_says_what_to_do(tmp_path, run, file):
     checkpoint = run.save(tmp_path, 10)
     (checkpoint.path / file).unlink()
     with pytest.raises(CheckpointError, match="`resume` must find a whole checkpoint"):
-        run.load(checkpoint)
+        run.load(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, run, caplog):
+    run.save(tmp_path, 10, limit=3)
+    before = run.weights()
+    for step, file in ((20, "model.safetensors"), (30, "optimizer.pt")):
+        checkpoint = run.step().save(tmp_path, step, limit=3)
+        (checkpoint.path / file).write_bytes(b"damage")
+    other = Run(seed=5)
+    assert other.load(tmp_path)["step"] == 10
+    assert_equal(before, other.weights())
+    assert [record.getMessage().count("is damaged and passed over") for record in caplog.records] == [1, 1]
+    assert "step-00000030" in caplog.text and "step-00000020" in caplog.text
+
+
+def test_a_checkpoint_of_another_run_is_not_passed_over(tmp_path, run):
+    run.save(tmp_path, 10)
+    with pytest.raises(CheckpointError, match="`resume` must go on with the run that made"):
+        run.load(tmp_path, {"identity": {"seed": 1}})
 
 
 # Another run
 
 
 def test_a_foreign_checkpoint_is_refused_by_what_differs(tmp_path, run):
-    checkpoint = run.save(tmp_path, 10)
+    run.save(tmp_path, 10)
     other = Run(seed=5)
     before = other.weights()
     theirs = {"seed": 1, "learning_rate": 1e-4, "sources": {"rgb": {"rows": 13, "sensors": ["rgb"]}}, "max_steps": 5}
     with pytest.raises(CheckpointError) as refused:
-        other.load(checkpoint, {"identity": theirs})
+        other.load(tmp_path, {"identity": theirs})
     said = str(refused.value)
     assert said.startswith("`resume` must go on with the run that made")
     for part in ("seed was 0, is 1", "'rows': 12", "'rows': 13", "max_steps was None, is 5", "another `--output_dir`"):
@@ -332,8 +355,9 @@ def test_a_foreign_checkpoint_is_refused_by_what_differs(tmp_path, run):
 def test_an_identity_is_compared_as_json_has_it(tmp_path, run):
     made_by = {"identity": {**MADE_BY["identity"], "lr_milestones": (0.5,)}}
     state = {"step": 3, "best": None, "bad": []}
-    saved = save_checkpoint(tmp_path, run.model, run.processor, run.optimizer, state, made_by, 1)
-    assert run.load(saved, made_by) == state
+    optimizer_state = full_optimizer_state(run.model, run.optimizer)
+    save_checkpoint(tmp_path, run.model, run.processor, run.weights(), optimizer_state, state, made_by, 1)
+    assert run.load(tmp_path, made_by) == state
 
 
 # Small files

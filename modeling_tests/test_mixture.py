@@ -103,7 +103,7 @@ def test_a_block_touches_few_row_groups():
 
 
 def test_a_step_holds_a_run_of_positions_of_every_source():
-    sampler = MixtureSampler([3, 1], max_steps=3, start_step=1, rank=1, world_size=2)
+    sampler = MixtureSampler([3, 1], stop=6, start=2, rank=1, world_size=2)
     assert len(sampler) == 2
     # Turn 1 * 2 + 1 = 3: positions 9, 10, 11 of the first source and 3 of the second; then turn 5.
     assert list(sampler) == [[(0, 9), (0, 10), (0, 11), (1, 3)], [(0, 15), (0, 16), (0, 17), (1, 5)]]
@@ -112,17 +112,30 @@ def test_a_step_holds_a_run_of_positions_of_every_source():
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 6))
 def test_ranks_share_the_positions_out_and_resume_anywhere(batch_size, world_size, start_step):
-    ranks = [list(MixtureSampler([batch_size], 6, 0, rank, world_size)) for rank in range(world_size)]
+    turns = 6 * world_size
+    ranks = [list(MixtureSampler([batch_size], turns, 0, rank, world_size)) for rank in range(world_size)]
     drawn = sorted(position for steps in ranks for step in steps for _, position in step)
     assert drawn == list(range(6 * world_size * batch_size))
     for rank, steps in enumerate(ranks):
-        assert list(MixtureSampler([batch_size], 6, start_step, rank, world_size)) == steps[start_step:]
+        start = start_step * world_size
+        assert list(MixtureSampler([batch_size], turns, start, rank, world_size)) == steps[start_step:]
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(0, 12))
+def test_another_number_of_ranks_goes_on_at_the_same_position(batch_size, before, after, cut):
+    """No position is lost or repeated, wherever the first ranks stopped."""
+    cut *= before
+    ranks = [MixtureSampler([batch_size], cut, 0, rank, before) for rank in range(before)]
+    ranks += [MixtureSampler([batch_size], cut + 12, cut, rank, after) for rank in range(after)]
+    drawn = sorted(position for batches in ranks for batch in batches for _, position in batch)
+    assert drawn == list(range((cut + 12) * batch_size))
 
 
 def test_the_epoch_is_that_of_the_longest_source():
     assert steps_per_epoch([100, 30, 5], [8, 1, 4]) == 30
-    assert steps_per_epoch([100, 30, 5], [8, 1, 4], world_size=4) == 8
-    assert steps_per_epoch([101], [10], world_size=2) == 6
+    assert steps_per_epoch([100, 30, 5], [8, 1, 4], turns_per_step=4) == 8
+    assert steps_per_epoch([101], [10], turns_per_step=2) == 6
 
 
 def test_steps_that_make_no_sense_are_refused():
@@ -139,7 +152,7 @@ def test_samples_do_not_depend_on_workers(tmp_path):
     sources = [make_source(tmp_path), make_source(tmp_path, "photos", 10, photos)]
 
     def samples(workers):
-        sampler = MixtureSampler([5, 3], max_steps=6, start_step=1)
+        sampler = MixtureSampler([5, 3], stop=6, start=1)
         loader = DataLoader(
             make_dataset(sources), batch_sampler=sampler, num_workers=workers, collate_fn=lambda samples: samples
         )

@@ -32,7 +32,7 @@ from msgfm_hf.data.shards import ShardImage, ShardRow, ShardSource, ShardWriter
 from msgfm_hf.model.sensors import SENSORS
 from msgfm_hf.tasks.reconstruction import evaluate_reconstruction, masked_crops, training_statistics
 from msgfm_hf.train import pretrain as pretrain_module
-from msgfm_hf.train.checkpoint import CheckpointError, newest_checkpoint
+from msgfm_hf.train.checkpoint import CheckpointError, find_checkpoints
 from msgfm_hf.train.pictures import display_bands, draw_losses, draw_reconstruction, read_metrics
 from msgfm_hf.train.pretrain import Mixture, main, make_missing_data, pretrain
 from msgfm_hf.train.recipe import build_recipe
@@ -150,7 +150,8 @@ def whole(data, tmp_path_factory):
 
 def metrics(out):
     """The lines of a run without what a clock says."""
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in read_metrics(out / "metrics.jsonl")]
+    clocks = ("images_per_second", "input_wait")
+    return [{k: v for k, v in line.items() if k not in clocks} for line in read_metrics(out / "metrics.jsonl")]
 
 
 def assert_same_run(out, other, step=STEPS):
@@ -186,6 +187,7 @@ def test_a_run_leaves_all_that_is_promised(whole):
         "losses.png",
         "expert_load.png",
         "checkpoints",
+        "reconstructions",
     }
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-00000040", "step-00000060"]
     assert (result["run_dir"], result["step"], result["finished"]) == (out, STEPS, True)
@@ -252,7 +254,7 @@ def test_metrics_have_a_line_per_step_and_evaluation(whole):
 def test_the_run_says_what_made_it(whole):
     out, _, _ = whole
     record = json.loads((out / "run.json").read_text())
-    assert record["identity"]["max_steps"] == STEPS and record["identity"]["world_size"] == 1
+    assert record["identity"]["max_steps"] == STEPS and record["world_size"] == 1
     assert record["identity"]["mixed_precision"] == "no"
     assert record["identity"]["sources"]["pairs"] == {
         "rows": 8,
@@ -452,7 +454,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     out = tmp_path / "run"
     recipe = plan(data, out, dataloader_num_workers=workers)
     killed(recipe, moment, number, out)
-    assert newest_checkpoint(out).step == last
+    assert find_checkpoints(out)[0].step == last
     # It was killed beyond the checkpoint, in one case while it wrote the next.
     written = read_metrics(out / "metrics.jsonl")
     assert written[-1]["step"] > last + 10
@@ -487,7 +489,7 @@ def test_a_signal_saves_stops_and_loses_nothing(alone, tmp_path, monkeypatch, nu
         stop_at(patch, 3, number)
         result, said = run(quick(alone, stopped))
     assert (result["step"], result["finished"]) == (3, False)
-    assert newest_checkpoint(stopped).step == 3
+    assert find_checkpoints(stopped)[0].step == 3
     assert "Stopped at step 3. `--resume` goes on from there." in said
     # Even so there is a model to look at.
     AutoModel.from_pretrained(stopped)
@@ -598,7 +600,7 @@ def test_a_damaged_row_counts_once_however_often_it_comes(tmp_path):
     # Three passes.
     result, _ = run(quick(folder, tmp_path / "run", batch_sizes={"aerial": 8}, max_steps=6, max_bad=1))
     assert result["finished"]
-    assert len(json.loads((newest_checkpoint(tmp_path / "run").path / "state.json").read_text())["bad"]) == 1
+    assert len(json.loads((find_checkpoints(tmp_path / "run")[0].path / "state.json").read_text())["bad"]) == 1
 
 
 def test_a_damaged_row_is_told(tmp_path, capsys):
@@ -634,8 +636,8 @@ def test_too_much_damage_stops_the_run_and_leaves_the_checkpoint(tmp_path):
     folder = write_aerial(tmp_path, train=32, val=0)
     recipe = quick(folder, tmp_path / "run", max_bad=1)
     run(recipe)
-    shutil.rmtree(newest_checkpoint(tmp_path / "run").path)
-    before = newest_checkpoint(tmp_path / "run")
+    shutil.rmtree(find_checkpoints(tmp_path / "run")[0].path)
+    (before,) = find_checkpoints(tmp_path / "run")
     assert before.step == 4
     # Rows that the first four steps did not need, and the band means do not.
     order = SourceOrder(ShardSource(folder).row_groups, "aerial", 0)
@@ -644,7 +646,7 @@ def test_too_much_damage_stops_the_run_and_leaves_the_checkpoint(tmp_path):
         RuntimeError, match="`max_bad` allows 1 damaged rows, got 2; the last is aerial.*Make these shards"
     ):
         pretrain(recipe, resume=True)
-    assert newest_checkpoint(tmp_path / "run") == before
+    assert find_checkpoints(tmp_path / "run") == [before]
     load_file(before.path / "model.safetensors")
 
 
@@ -693,8 +695,129 @@ def test_weights_that_are_not_finite_are_not_saved(alone, tmp_path, monkeypatch)
     monkeypatch.setattr(pretrain_module, "build_optimizer", with_a_bad_gradient)
     with pytest.raises(RuntimeError, match="must be finite, got nan at step 6"):
         pretrain(quick(alone, tmp_path / "run", save_steps=1))
-    weights = load_file(newest_checkpoint(tmp_path / "run").path / "model.safetensors")
+    weights = load_file(find_checkpoints(tmp_path / "run")[0].path / "model.safetensors")
     assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_a_spike_is_skipped_and_its_rows_are_named(alone, tmp_path, monkeypatch):
+    """After enough usual steps a loss far above their median is not learnt from, and the run goes on."""
+    monkeypatch.setattr(pretrain_module, "_USUAL_STEPS", 3)
+    step = pretrain_module._Run._optimise
+
+    def shocked(self, step_batches, inputs, *rest):
+        if self.step == 6:
+            inputs[0]["weights"] = [1000.0]
+        return step(self, step_batches, inputs, *rest)
+
+    monkeypatch.setattr(pretrain_module._Run, "_optimise", shocked)
+    recipe = quick(alone, tmp_path / "run", max_loss_ratio=20, on_bad_loss="skip", log_samples=True)
+    result, _ = run(recipe)
+    assert result["finished"]
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    (event,) = [line for line in lines if "event" in line]
+    assert (event["step"], event["event"]) == (6, "skipped")
+    assert re.search(
+        r"`loss` must be within `max_loss_ratio` \(20\) times the median of the last 3 steps", event["reason"]
+    )
+    logged = [json.loads(line) for line in (tmp_path / "run" / "samples" / "rank-00000.jsonl").read_text().splitlines()]
+    assert event["keys"] == logged[5]["keys"]["aerial"]
+    assert lines[-1]["skipped"] == 1 and all(line["loss"] < 2 for line in lines if "loss" in line)
+
+
+def test_a_run_that_skips_too_often_stops(alone, tmp_path, monkeypatch):
+    recipe = quick(alone, tmp_path / "run", on_bad_loss="skip", max_skipped_steps=2)
+    monkeypatch.setattr(pretrain_module._Run, "_unusual", lambda *values: "`loss` must be liked, got none")
+    with pytest.raises(RuntimeError, match="`loss` must be liked, got none at step 3. Look at the rows"):
+        pretrain(recipe)
+
+
+def test_a_stop_for_a_bad_loss_can_go_on_with_skipping(alone, tmp_path, monkeypatch):
+    recipe = quick(alone, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain_module._Run, "_unusual", lambda self, *values: "no" if self.step == 6 else None)
+        with pytest.raises(RuntimeError, match="no at step 6"):
+            pretrain(recipe)
+        result, _ = run(quick(alone, tmp_path / "run", on_bad_loss="skip"), resume=True)
+    assert result["finished"]
+
+
+# Several batches a step, trackers, rehearsals
+
+
+def test_less_memory_is_the_same_run(data, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain_module, "draw_reconstruction", lambda *arguments: arguments[-1])
+    run(plan(data, tmp_path / "run", gradient_checkpointing=True))
+    assert_same_run(tmp_path / "run", whole[0])
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(alone, tmp_path, caplog):
+    recipe = quick(alone, tmp_path / "whole")
+    run(recipe)
+    run(quick(alone, tmp_path / "run"))
+    newest, _ = find_checkpoints(tmp_path / "run")
+    (newest.path / "model.safetensors").write_bytes(b"damage")
+    result, _ = run(quick(alone, tmp_path / "run"), resume=True)
+    assert result["finished"] and f"{newest.path} is damaged and passed over" in caplog.text
+    assert_same_run(tmp_path / "run", tmp_path / "whole", 8)
+
+
+def test_trackers_are_told_what_the_metrics_say(alone, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(quick(alone, tmp_path / "run", report_to=["tensorboard"]))
+    events = EventAccumulator(str(tmp_path / "run" / "logs"))
+    events.Reload()
+    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    for tag, values in (
+        ("loss", [line["loss"] for line in lines]),
+        ("losses/aerial rgb->rgb", [line["losses"]["aerial rgb->rgb"] for line in lines]),
+        ("routing/rgb/histogram/0/1", [line["routing"]["rgb"]["histogram"][0][1] for line in lines]),
+    ):
+        told = events.Scalars(tag)
+        assert [event.step for event in told] == list(range(1, 9))
+        assert [event.value for event in told] == pytest.approx(values, rel=1e-6)
+
+
+def test_a_tracker_that_is_not_there_is_refused(alone, tmp_path):
+    with pytest.raises(ValueError, match="`report_to` must name trackers that are installed .*, got .*'wandb'"):
+        pretrain(quick(alone, tmp_path / "run", report_to=["wandb"]))
+    with pytest.raises(ValueError, match="carrier pigeon"):
+        pretrain(quick(alone, tmp_path / "run", report_to=["carrier pigeon"]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rehearsal_says_what_a_run_takes_and_leaves_nothing(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py"])
+    file = tmp_path / "plan.yaml"
+    file.write_text(json.dumps(PLAN | {"data": [str(data)], "output_dir": str(tmp_path / "run")}))
+    main(["--recipe", str(file), "--dry-run"])
+    said = capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    # 60 steps of 4 rows of 12, and of 2 pairs of 8.
+    assert re.search(r"aerial +rgb +12 +4 +4 +20\.0\n", said) and re.search(r"pairs +s1\+s2 +8 +2 +2 +15\.0\n", said)
+    assert re.search(r"steps +60, 4 per pass over the longest source", said)
+    assert re.search(r"images +8 per step \(every sensor counts\), 480 in all", said)
+    model = msgfm_hf.MsGFMForPreTraining(plan(data, tmp_path).model_config(*_sensors_of(data)))
+    assert f"parameters   {msgfm_hf.count_parameters(model).total:,}" in said
+    seconds, hours = (float(re.search(pattern, said)[1]) for pattern in (r"one step +(\S+) s", r"whole run +(\S+) h"))
+    assert hours == pytest.approx(seconds * 60 / 3600, rel=0.02)
+
+
+def _sensors_of(data):
+    mixture = Mixture(plan(data, data))
+    return {sensor: SENSORS[sensor].to_dict() for sensor in mixture.sensors}, {"rgb": ["red", "green", "blue"]}
+
+
+def test_pictures_over_time_show_the_same_crops(whole):
+    out, _, _ = whole
+    pictures = sorted((out / "reconstructions").iterdir())
+    assert [path.name for path in pictures] == ["step-00000030.png", "step-00000060.png"]
+    first, last = (np.asarray(Image.open(path).convert("L"), dtype=int) for path in pictures)
+    assert first.shape == last.shape
+    # Input and target stay, prediction and error change.
+    changed = (first != last).mean(0)
+    width = len(changed)
+    assert changed[int(0.08 * width) : int(0.45 * width)].max() < 0.05 < changed[int(0.6 * width) :].max()
 
 
 # Mixtures
@@ -707,7 +830,7 @@ def test_a_run_without_a_validation_split(alone, tmp_path):
     assert {"model.safetensors", "losses.png", "metrics.jsonl"} <= names
     assert not names & {"reconstruction.png", "validation.json"}
     assert "Load the model with" in said and "validation split" not in said
-    final = load_file(newest_checkpoint(tmp_path / "run").path / "model.safetensors")
+    final = load_file(find_checkpoints(tmp_path / "run")[0].path / "model.safetensors")
     kept = load_file(tmp_path / "run" / "model.safetensors")
     assert all(torch.equal(final[name], kept[name]) for name in final)
 
@@ -820,7 +943,7 @@ def test_a_run_that_goes_on_keeps_its_record(alone, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain_module, "source_commit", lambda: "another")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     _, said = run(recipe, resume=True)
-    assert "had 1 threads before and has 7 now" in said
+    assert "`threads` of this run was 1 and is 7 now" in said
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     (leg,) = record.pop("resumed")
     assert record == first and record["commit"] != "another"
@@ -884,7 +1007,7 @@ def test_main_runs_and_ends_quietly_on_errors(alone, tmp_path, capsys):
     options += ["--mixed_precision", "no", "--batch_sizes", "{aerial: 2}", "--logging-steps", "1"]
     main(options)
     assert "Load the model with" in capsys.readouterr().out
-    assert newest_checkpoint(out).step == 2
+    assert find_checkpoints(out)[0].step == 2
     cases = {
         "`output_dir` must be new": options,
         "seed was 0, is 3": [*options, "--resume", "--seed", "3"],

@@ -45,7 +45,7 @@ def parse(*words):
 
 
 def test_the_recipes_of_the_package_are_there_and_load():
-    assert recipe_names() == ["msgfm_base", "quickstart", "sample"]
+    assert {"msgfm_base", "quickstart", "sample"} < set(recipe_names())
     for name in recipe_names():
         loaded = load_recipe(name)
         assert loaded.name == name
@@ -54,7 +54,7 @@ def test_the_recipes_of_the_package_are_there_and_load():
         assert str(loaded.run_dir) == f"runs/{name}"
 
 
-@pytest.mark.parametrize("name", ["msgfm_base", "quickstart", "sample"])
+@pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_says_at_its_head_what_it_takes(name):
     from importlib import resources
 
@@ -66,15 +66,69 @@ def test_a_recipe_says_at_its_head_what_it_takes(name):
 
 def test_the_papers_recipe_is_table_10():
     base = load_recipe("msgfm_base")
-    assert base.batch_sizes == {"rgb": 128, "sen12ms": 32, "mdas": 12}
-    rates = [base.learning_rate * weight for weight in source_weights(list(base.batch_sizes.values()))]
+    assert base.batch_sizes == {"geopile": 48, "millionaid": 80, "sen12ms": 32, "mdas": 12}
+    sensors = [["rgb"], ["rgb"], ["s1", "s2"], ["dsm", "rgb"]]
+    geopile, millionaid, sen12ms, mdas = source_weights(list(base.batch_sizes.values()), sensors)
+    # The two sources of RGB are its sub-batch of 128.
+    rates = [base.learning_rate * weight for weight in (geopile + millionaid, sen12ms, mdas)]
     assert rates == pytest.approx([1e-4, 0.25e-4, 1e-5], rel=0.07)
+    assert geopile / millionaid == 0.6
     assert (base.num_train_epochs, base.weight_decay, base.max_grad_norm) == (100, 0.05, 5.0)
     assert (base.adam_beta1, base.adam_beta2, base.adam_epsilon) == (0.9, 0.999, 1e-8)
     assert (base.warmup_steps, base.warmup_learning_rate, base.warmup(1000)) == (0.1, 5e-7, 100)
     assert (base.mask_ratio, base.cross_sensor_ratio, base.cross_loss_region) == (0.6, 0.5, "masked")
     config = base.model_config({"rgb": SENSORS["rgb"].to_dict()}, {"rgb": ["red", "green", "blue"]})
     assert (config.embed_dim, config.depths, config.image_size) == (128, (2, 2, 18, 2), 192)
+
+
+ABLATIONS = {
+    "ablation_dense_cross_0": (0, 0.0, None),
+    "ablation_moe_cross_0": (9, 0.0, None),
+    "ablation_dense_cross_50": (0, 0.5, None),
+    "ablation_moe_cross_100": (9, 1.0, None),
+    "ablation_dense_cross_100": (0, 1.0, None),
+    "ablation_s1": (9, 0.5, ["s1"]),
+    "ablation_s2": (9, 0.5, ["s2"]),
+    "ablation_rgb": (9, 0.5, ["rgb"]),
+    "ablation_without_rgb": (9, 0.5, ["dsm", "s1", "s2"]),
+}
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_an_ablation_differs_from_the_papers_recipe_in_what_it_is_for(name):
+    blocks, crossing, sensors = ABLATIONS[name]
+    base, found = load_recipe("msgfm_base"), load_recipe(name)
+    config = found.model_config({"rgb": SENSORS["rgb"].to_dict()}, {"rgb": ["red"]})
+    assert sum(map(len, config.moe_blocks)) == blocks
+    assert (found.cross_sensor_ratio, found.sensors) == (crossing, sensors or [])
+    changed = {entry for entry in FIELDS if getattr(found, entry) != getattr(base, entry)}
+    assert changed <= {"name", "model", "cross_sensor_ratio", "sensors", "batch_sizes", "learning_rate"}
+    if sensors is None:
+        assert "batch_sizes" not in changed
+    else:
+        # Each source keeps the rate it has in table 10.
+        assert found.batch_sizes.items() <= base.batch_sizes.items()
+        reference = max(found.batch_sizes.values()) if "rgb" not in sensors else 128
+        assert found.learning_rate == pytest.approx(1e-4 * reference / 128)
+
+
+def test_the_long_run_of_the_paper_decays_at_epoch_700():
+    long = load_recipe("msgfm_base_800")
+    assert (long.num_train_epochs, long.warmup(8000)) == (800, 100)
+    factors = [learning_rate_factor(long, step, 8000) for step in (100, 6999, 7000, 7999)]
+    assert factors == pytest.approx([1, 1, 0.1, 0.1])
+
+
+def test_a_recipe_extends_another(tmp_path):
+    (tmp_path / "base.yaml").write_text("data: [a]\nlearning_rate: 0.5\nmax_steps: 3\n")
+    (tmp_path / "mine.yaml").write_text(f"extends: {tmp_path}/base.yaml\nmax_steps: 7\n")
+    found = load_recipe(str(tmp_path / "mine.yaml"), {"seed": 4})
+    assert (found.data, found.learning_rate, found.max_steps, found.seed) == (["a"], 0.5, 7, 4)
+    (tmp_path / "base.yaml").write_text(f"extends: {tmp_path}/mine.yaml\n")
+    with pytest.raises(
+        ValueError, match="`extends` must lead to a recipe that extends none, got .*mine.yaml -> .*base"
+    ):
+        load_recipe(str(tmp_path / "mine.yaml"))
 
 
 def test_the_tiny_model_is_that_of_the_design():
@@ -120,9 +174,12 @@ def test_recipes_share_no_lists():
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("quikstart", "`recipe` must be one of msgfm_base, quickstart, sample, got 'quikstart'. Did you mean 'quicks"),
+        (
+            "quikstart",
+            "`recipe` must be one of .*msgfm_base.*, quickstart, sample, got 'quikstart'. Did you mean 'quicks",
+        ),
         ("zzz", "`recipe` must be one of .*, got 'zzz'. A file of your own ends in .yaml."),
-        ("nowhere.yaml", r"`recipe` must be a file or a name \(msgfm_base, quickstart, sample\), got 'nowhere.yaml'"),
+        ("nowhere.yaml", r"`recipe` must be a file or a name \(.*quickstart, sample\), got 'nowhere.yaml'"),
     ],
 )
 def test_a_recipe_that_is_not_there_is_refused(name, message):
@@ -260,11 +317,22 @@ def test_without_options_it_is_the_quickstart():
     assert parse() == load_recipe("quickstart")
 
 
-def test_folders_given_by_hand_are_the_mixture():
+def test_folders_given_by_hand_are_the_mixture(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a/x", "b", "paper/geopile", "paper/millionaid", "paper/sen12ms", "paper/mdas"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "train-00000.parquet").touch()
     got = parse("--data", "a/x", "--data", "b")
-    assert (got.data, got.make_data, got.batch_sizes) == (["a/x", "b"], "none", {})
+    assert (got.data, got.make_data, got.batch_sizes, got.name) == (["a/x", "b"], "none", {}, "run")
     assert got.learning_rate == load_recipe("quickstart").learning_rate
-    assert parse("--data", "a", "--batch_sizes", "{a: 3}").batch_sizes == {"a": 3}
+    assert parse("--data", "a", "--batch_sizes", "{x: 3}").batch_sizes == {"x": 3}
+    with pytest.raises(ValueError, match="`data` must be a folder of shards"):
+        parse("--data", "nowhere")
+    # The sources of a recipe, wherever they lie, keep their sub-batches.
+    base = load_recipe("msgfm_base")
+    got = parse("--recipe", "msgfm_base", "--data", "paper")
+    assert (got.data, got.batch_sizes, got.name) == (["paper"], base.batch_sizes, "msgfm_base")
+    assert parse("--recipe", "msgfm_base", "--data", "paper/mdas").batch_sizes == {}
 
 
 def test_options_are_read_as_strictly_as_a_file():
@@ -340,12 +408,21 @@ def groups_by_name(model, optimizer):
 
 
 def test_weights_are_table_10_read_as_one_step():
-    assert source_weights([128, 32, 12]) == [1, 0.25, 0.09375]
-    assert source_weights([12, 6]) == [1, 0.5]
+    sensors = [["rgb"], ["s1", "s2"], ["rgb", "dsm"]]
+    assert source_weights([128, 32, 12], sensors) == [1, 0.25, 0.09375]
+    assert source_weights([12, 6], [["s1"], ["s2"]]) == [1, 0.5]
+    # Two halves of one sub-batch weigh as the whole.
+    assert source_weights([32, 64, 64, 12], [["s2", "s1"], ["rgb"], ["rgb"], ["rgb", "dsm"]]) == [
+        0.25,
+        0.5,
+        0.5,
+        0.09375,
+    ]
 
 
 def test_a_sensor_of_one_source_learns_at_that_sources_pace():
-    scales = learning_rate_scales([["rgb"], ["s1", "s2"], ["rgb", "dsm"]], source_weights([128, 32, 12]))
+    sensors = [["rgb"], ["s1", "s2"], ["rgb", "dsm"]]
+    scales = learning_rate_scales(sensors, source_weights([128, 32, 12], sensors))
     assert scales == {"rgb": 1.0, "s1": 0.25, "s2": 0.25, "dsm": 0.09375}
 
 
@@ -388,7 +465,8 @@ def test_decay_is_for_matrices():
 
 def test_every_parameter_is_in_one_group_with_its_own_pace(model):
     plan = recipe(learning_rate=1e-4, weight_decay=0.05, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6)
-    optimizer = build_optimizer(model, plan, [["rgb"], ["s1", "s2"], ["rgb", "dsm"]], source_weights([128, 32, 12]))
+    sensors = [["rgb"], ["s1", "s2"], ["rgb", "dsm"]]
+    optimizer = build_optimizer(model, plan, sensors, source_weights([128, 32, 12], sensors))
     groups = groups_by_name(model, optimizer)
     assert sorted(groups) == sorted(name for name, _ in model.named_parameters())
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(groups)

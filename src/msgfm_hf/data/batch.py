@@ -13,7 +13,7 @@ import torch
 from msgfm_hf.data.shards import ShardSource
 from msgfm_hf.model.configuration_msgfm import MsGFMConfig
 from msgfm_hf.model.image_processing_msgfm import MsGFMImageProcessor
-from msgfm_hf.model.masking import draw_mask
+from msgfm_hf.model.masking import draw_mask, loss_pixels
 
 LOSS_REGIONS = ("masked", "all")
 
@@ -130,6 +130,26 @@ def sample_masks(
         for position in positions
     ]
     return torch.from_numpy(np.stack(masks))
+
+
+def count_loss_pixels(inputs: dict, patch_size: int) -> torch.Tensor:
+    """The pixels that count in the loss of each slice of a batch, in the order of sources and sensors.
+
+    Args:
+        inputs: of `PreTrainingBatches`.
+        patch_size: of the model.
+
+    Returns:
+        (slices,), float64: sums over processes stay exact.
+    """
+    counts = []
+    for pixels, masks, valids, targets in zip(
+        *(inputs[name] for name in ("pixel_values", "bool_loss_pos", "valid_mask", "targets")), strict=True
+    ):
+        for sensor, values in pixels.items():
+            counted = loss_pixels(masks[sensor], valids[targets[sensor]], *values.shape[2:], patch_size)
+            counts.append(counted.sum())
+    return torch.stack(counts).double()
 
 
 class PreTrainingBatches:

@@ -1,8 +1,8 @@
 """The mixture: which rows of which source come at which step, and the crops that leave the workers.
 
-The only state of the data is the step. Step t of rank r takes from every source the positions [(t W + r) B, +B) of an
-endless shuffled order, and every random draw is seeded by its position. So nothing depends on the number of workers,
-and a run resumes at any step without a row lost or repeated.
+The only state of the data is how many batches were taken. Step t of rank r takes from every source the positions
+[(t W + r) B, +B) of an endless shuffled order, and every random draw is seeded by its position. So nothing depends on
+the number of workers, and a run resumes at any step, with any number of ranks, without a row lost or repeated.
 """
 
 import math
@@ -64,34 +64,35 @@ def _keep_two(cache: dict, key, value):
 
 
 class MixtureSampler(Sampler):
-    """Yields, step by step, the `(source, position)` pairs of one rank: a batch sampler for a `DataLoader`.
+    """Yields, batch by batch, the `(source, position)` pairs of one rank: a batch sampler for a `DataLoader`.
 
-    Step t holds, for every source i in turn, the positions (t W + r) B_i .. (t W + r + 1) B_i - 1.
+    The ranks take turns. Turn n holds, for every source i in order, the positions n B_i .. (n + 1) B_i - 1; rank r has
+    the turns r, r + W, r + 2 W, ... after the first. So step t of a run is the turns t W to (t + 1) W - 1, with k
+    batches per step t k W to (t + 1) k W - 1, and a run goes on with any other number of ranks where it stopped.
 
     Args:
-        batch_sizes (`list[int]`): B_i, samples of each source per step and rank.
-        max_steps (`int`): the step to stop before.
-        start_step (`int`): the step to begin with, where a run resumes.
+        batch_sizes (`list[int]`): B_i, samples of each source per turn.
+        stop (`int`): the turn to stop before.
+        start (`int`): the turn to begin with, where a run resumes.
         rank, world_size (`int`): r and W.
 
     Raises:
         ValueError: for batch sizes below 1 or a rank outside the world.
     """
 
-    def __init__(self, batch_sizes: list[int], max_steps: int, start_step: int = 0, rank: int = 0, world_size: int = 1):
+    def __init__(self, batch_sizes: list[int], stop: int, start: int = 0, rank: int = 0, world_size: int = 1):
         if not batch_sizes or min(batch_sizes) < 1:
             raise ValueError(f"`batch_sizes` must be at least 1 each, got {batch_sizes}. Drop a source to skip it.")
         if not 0 <= rank < world_size:
             raise ValueError(f"`rank` must be in [0, {world_size}), got {rank}. Ranks count from 0.")
-        self.batch_sizes, self.max_steps, self.start_step = list(batch_sizes), max_steps, start_step
-        self.rank, self.world_size = rank, world_size
+        self.batch_sizes = list(batch_sizes)
+        self.turns = range(start + rank, max(stop, start), world_size)
 
     def __len__(self) -> int:
-        return max(0, self.max_steps - self.start_step)
+        return len(self.turns)
 
     def __iter__(self):
-        for step in range(self.start_step, self.max_steps):
-            turn = step * self.world_size + self.rank
+        for turn in self.turns:
             yield [
                 (source, position)
                 for source, size in enumerate(self.batch_sizes)
@@ -99,9 +100,9 @@ class MixtureSampler(Sampler):
             ]
 
 
-def steps_per_epoch(rows: list[int], batch_sizes: list[int], world_size: int = 1) -> int:
+def steps_per_epoch(rows: list[int], batch_sizes: list[int], turns_per_step: int = 1) -> int:
     """Steps until the longest source has been seen once; shorter ones go round."""
-    return max(math.ceil(n / (size * world_size)) for n, size in zip(rows, batch_sizes, strict=True))
+    return max(math.ceil(n / (size * turns_per_step)) for n, size in zip(rows, batch_sizes, strict=True))
 
 
 class MixtureDataset(Dataset):

@@ -56,3 +56,19 @@ def mask_to_pixels(mask: torch.Tensor, height: int, width: int, patch_size: int)
     grid = mask.view(mask.shape[0], math.ceil(height / patch_size), math.ceil(width / patch_size))
     pixels = grid.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)
     return pixels[:, :height, :width]
+
+
+def loss_pixels(
+    mask: torch.Tensor, valid_mask: torch.Tensor | None, height: int, width: int, patch_size: int
+) -> torch.Tensor:
+    """The pixels that count in the loss: those of the loss mask, where the target is valid.
+
+    Args:
+        mask: patches that carry the loss, as in `mask_to_pixels`.
+        valid_mask: bool (B, height, width) of the target, True = valid; `None`: all are.
+
+    Returns:
+        bool (B, height, width).
+    """
+    pixels = mask_to_pixels(mask.to(torch.bool), height, width, patch_size)
+    return pixels if valid_mask is None else pixels & valid_mask.to(torch.bool)

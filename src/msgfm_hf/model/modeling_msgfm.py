@@ -32,7 +32,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
 
 from .configuration_msgfm import MsGFMConfig
-from .masking import mask_to_pixels
+from .masking import loss_pixels
 from .objective import gshard_loss, importance_load_loss, masked_l1, predict_targets, pretraining_loss
 from .sensors import SensorSpec
 
@@ -1363,6 +1363,7 @@ class MsGFMForPreTraining(MsGFMPreTrainedModel):
         targets: Mapping[str, str] | Sequence[Mapping[str, str]] | None = None,
         weights: float | Sequence[float] | torch.Tensor | None = None,
         bool_loss_pos: torch.Tensor | Mapping | Sequence | None = None,
+        num_loss_pixels: Mapping[str, torch.Tensor] | Sequence[Mapping[str, torch.Tensor]] | None = None,
         reference: torch.Tensor | Mapping | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MsGFMForPreTrainingOutput:
@@ -1381,6 +1382,9 @@ class MsGFMForPreTraining(MsGFMPreTrainedModel):
                 input of the same source, which is where its pixels come from.
             weights: one per source, default 1.
             bool_loss_pos: nested as `bool_masked_pos`: patches that carry the loss, default the masked ones.
+            num_loss_pixels: {input sensor: what its loss is divided by}, or a list of such, one per source; default the
+                pixels counted here. Where a batch is spread over processes or calls: the mean count of its parts, so
+                that the mean of their losses is that of the whole batch (`objective.masked_l1`).
             reference: as of `MsGFMModel`.
 
         Returns:
@@ -1402,7 +1406,9 @@ class MsGFMForPreTraining(MsGFMPreTrainedModel):
         targets = self._targets(targets, sources)
         if weights is None or isinstance(weights, int | float):
             weights = [1.0 if weights is None else weights] * len(sources)
-        for name, values in (("bands", bands), ("weights", weights)):
+        counts = [num_loss_pixels] if isinstance(num_loss_pixels, Mapping) else num_loss_pixels
+        counts = [{}] * len(sources) if counts is None else list(counts)
+        for name, values in (("bands", bands), ("weights", weights), ("num_loss_pixels", counts)):
             if len(values) != len(sources):
                 raise ValueError(
                     f"`{name}` must have one entry per source ({len(sources)}), got {len(values)}. Add or drop some."
@@ -1441,14 +1447,15 @@ class MsGFMForPreTraining(MsGFMPreTrainedModel):
             reconstructions[index] = predict_targets(reconstructions[index], decoders, targets[index])
             for sensor, prediction in reconstructions[index].items() if masks else ():
                 target = targets[index][sensor]
-                counted = mask_to_pixels(
-                    loss_masks[index][sensor].to(torch.bool), *prediction.shape[2:], self.config.patch_size
+                counted = loss_pixels(
+                    loss_masks[index][sensor],
+                    valids[index].get(target) if valids else None,
+                    *prediction.shape[2:],
+                    self.config.patch_size,
                 )
-                if valids and target in valids[index]:
-                    counted = counted & valids[index][target].to(torch.bool)
                 wanted = source[target]
                 wanted = torch.where(torch.isfinite(wanted), wanted, 0)
-                losses[index][sensor] = masked_l1(prediction, wanted, counted)
+                losses[index][sensor] = masked_l1(prediction, wanted, counted, counts[index].get(sensor))
 
         loss = None
         if masks:

@@ -31,7 +31,12 @@ def predict_targets(
     return {sensor: decoders[targets[sensor]](z) for sensor, z in features.items()}
 
 
-def masked_l1(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def masked_l1(
+    prediction: torch.Tensor,
+    target: torch.Tensor,
+    mask: torch.Tensor,
+    num_pixels: torch.Tensor | float | None = None,
+) -> torch.Tensor:
     """The reconstruction loss of one sensor (paper 3.4; normaliser as in SimMIM, over the whole batch):
 
         L = sum_{b,c,y,x} |I' - I| m  /  (sum_{b,y,x} m + 1e-5)  /  C.
@@ -41,13 +46,15 @@ def masked_l1(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor
     Args:
         prediction, target: (B, C, H, W).
         mask: (B, H, W), bool or 0/1, 1 = counts (masked in the input, valid in the target).
+        num_pixels: instead of sum m, for one of several parts of a batch: the mean of sum m over the parts, so that the
+            mean of their losses is the loss of the whole.
 
     Returns:
         scalar, float32.
     """
     mask = mask.to(torch.float32)
     difference = (prediction.float() - target.float()).abs() * mask.unsqueeze(1)
-    return difference.sum() / (mask.sum() + 1e-5) / target.shape[1]
+    return difference.sum() / ((mask.sum() if num_pixels is None else num_pixels) + 1e-5) / target.shape[1]
 
 
 def coefficient_of_variation_squared(values: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from msgfm_hf.data.batch import collate, normalise, rotations, sample_masks
 from msgfm_hf.data.mixture import EvaluationCrops
 from msgfm_hf.data.shards import CorruptShardError, ShardSource
 from msgfm_hf.model.image_processing_msgfm import MsGFMImageProcessor
-from msgfm_hf.model.masking import mask_to_pixels
+from msgfm_hf.model.masking import loss_pixels
 from msgfm_hf.model.modeling_msgfm import MsGFMForPreTraining
 
 # Rows of training pixels from which means, medians and regressions are fitted: enough to be stable to 0.1 %.
@@ -221,8 +221,8 @@ def _visible(crops: MaskedCrops, sensor: str) -> torch.Tensor:
 def counted_pixels(crops: MaskedCrops, sensor: str, target: str | None) -> torch.Tensor:
     """Bool (B, H, W): masked in the input and, where a target is named, valid in it."""
     height, width = crops.pixel_values[sensor].shape[2:]
-    masked = mask_to_pixels(crops.masks[sensor], height, width, crops.patch_size)
-    return masked if target is None else masked & crops.valid_mask[target]
+    valid = None if target is None else crops.valid_mask[target]
+    return loss_pixels(crops.masks[sensor], valid, height, width, crops.patch_size)
 
 
 def evaluate_reconstruction(

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,9 +18,15 @@ from safetensors.torch import load_file
 from msgfm_hf.model.image_processing_msgfm import MsGFMImageProcessor
 from msgfm_hf.model.modeling_msgfm import MsGFMForPreTraining
 
+logger = logging.getLogger(__name__)
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read, or belongs to another run."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A file of a checkpoint is missing or has other bytes than were written."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +87,18 @@ def write_text(path: Path, text: str):
             temporary.unlink(missing_ok=True)
 
 
-def save_model(folder: Path, model: MsGFMForPreTraining, processor: MsGFMImageProcessor):
+def save_model(
+    folder: Path,
+    model: MsGFMForPreTraining,
+    processor: MsGFMImageProcessor,
+    weights: dict[str, torch.Tensor] | None = None,
+):
     """Save model and processor into a folder that may hold an earlier one, each file replaced at once.
+
+    Args:
+        folder: where to.
+        model, processor: what to save.
+        weights: the model's state dict, where several processes share it.
 
     Raises:
         CheckpointError: if they cannot be written.
@@ -89,7 +106,7 @@ def save_model(folder: Path, model: MsGFMForPreTraining, processor: MsGFMImagePr
     temporary = folder / ".model.tmp"
     with checkpoint_errors(folder), _torch_errors():
         try:
-            _save_into(temporary, model, processor)
+            _save_into(temporary, model, processor, weights)
             # The weights last: the files before them are the same for every step of a run.
             for file in sorted(temporary.iterdir(), key=lambda file: file.suffix == ".safetensors"):
                 os.replace(file, folder / file.name)
@@ -107,10 +124,11 @@ def _torch_errors() -> Iterator[None]:
         raise OSError(str(error)) from error
 
 
-def _save_into(folder: Path, model, processor):
+def _save_into(folder: Path, model, processor, weights):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    model.save_pretrained(folder)
+    # Transformers empties the dictionary it is given.
+    model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
     processor.save_pretrained(folder)
     for file in folder.iterdir():
         _fsync(file)
@@ -120,17 +138,18 @@ def _checkpoint_folders(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-" + 8 * "[0-9]"))
 
 
-def newest_checkpoint(run_dir: Path) -> Checkpoint | None:
-    """The whole checkpoint of the highest step in a run's folder, if any."""
+def find_checkpoints(run_dir: Path) -> list[Checkpoint]:
+    """The checkpoints in a run's folder, the newest first."""
     found = [Checkpoint(path, int(path.name[5:])) for path in _checkpoint_folders(run_dir / "checkpoints")]
-    return max(found, key=lambda checkpoint: checkpoint.step, default=None)
+    return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
 
 
 def save_checkpoint(
     run_dir: Path,
     model: MsGFMForPreTraining,
     processor: MsGFMImageProcessor,
-    optimizer: torch.optim.Optimizer,
+    weights: dict[str, torch.Tensor],
+    optimizer_state: dict,
     state: dict,
     made_by: dict,
     save_total_limit: int,
@@ -139,7 +158,8 @@ def save_checkpoint(
 
     Args:
         run_dir: the run's folder.
-        model, processor, optimizer: at this step.
+        model, processor: whose configurations are saved.
+        weights, optimizer_state: at this step, of the whole model.
         state: JSON-able, with `step`.
         made_by: what made the run; `made_by["identity"]` is compared when it goes on.
         save_total_limit: how many checkpoints stay.
@@ -151,8 +171,8 @@ def save_checkpoint(
     temporary, final = folder / ".step.tmp", folder / f"step-{state['step']:08d}"
     with checkpoint_errors(run_dir), _torch_errors():
         try:
-            _save_into(temporary, model, processor)
-            torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+            _save_into(temporary, model, processor, weights)
+            torch.save(optimizer_state, temporary / "optimizer.pt")
             digests = {name: _digest(temporary / name) for name in _WEIGHTY}
             record = {**state, "identity": made_by["identity"], "sha256": digests}
             (temporary / "state.json").write_text(json.dumps(record))
@@ -178,26 +198,42 @@ def _read(path: Path, reader: Callable[[Path], dict], digest: str | None = None)
         # A damaged file makes its library raise all sorts of things, some with advice that does not fit.
         content, why = None, type(error).__name__
     if content is None:
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"`resume` must find a whole checkpoint, got {str(path.parent)!r} whose {path.name} cannot be read "
-            f"({why}). Remove this folder to go on from the one before."
+            f"({why}). Bring its files back, or begin anew with another `--output_dir`."
         )
     return content
 
 
 def _read_state(path: Path) -> dict:
     state = json.loads(path.read_text())
-    return {name: state[name] for name in ("step", "best", "bad", "identity", "sha256")}
+    if not {"step", "identity", "sha256"} <= state.keys():
+        raise KeyError
+    return state
 
 
-def load_checkpoint(
-    checkpoint: Checkpoint, model: MsGFMForPreTraining, optimizer: torch.optim.Optimizer, made_by: dict
-) -> dict:
-    """Put a checkpoint's weights and optimiser state into the given ones and return its `state`.
+def load_checkpoint(run_dir: Path, model: MsGFMForPreTraining, made_by: dict) -> tuple[dict, dict] | None:
+    """Put the weights of the newest whole checkpoint into a model. Damaged ones are told and passed over.
+
+    Returns:
+        its `state` and the state of its optimiser; `None` where the folder has no checkpoint.
 
     Raises:
-        CheckpointError: if it cannot be read, or another run made it; the message names what differs.
+        CheckpointError: if no checkpoint can be read, or another run made it; the message names what differs.
     """
+    damage = None
+    for checkpoint in find_checkpoints(run_dir):
+        try:
+            return _load(checkpoint, model, made_by)
+        except DamagedCheckpointError as error:
+            damage = damage or error
+            logger.warning("%s is damaged and passed over for the one before: %s", checkpoint.path, error)
+    if damage is not None:
+        raise damage
+    return None
+
+
+def _load(checkpoint: Checkpoint, model: MsGFMForPreTraining, made_by: dict) -> tuple[dict, dict]:
     state = _read(checkpoint.path / "state.json", _read_state)
     theirs, digests = state.pop("identity"), state.pop("sha256")
     weights = _read(checkpoint.path / "model.safetensors", load_file, digests["model.safetensors"])
@@ -215,5 +251,4 @@ def load_checkpoint(
             "Give the same recipe and data, or another `--output_dir`."
         )
     model.load_state_dict(weights)
-    optimizer.load_state_dict(optimizer_state)
-    return state
+    return state, optimizer_state

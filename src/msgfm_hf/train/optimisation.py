@@ -8,10 +8,17 @@ from msgfm_hf.model.modeling_msgfm import MsGFMForPreTraining
 from msgfm_hf.train.recipe import Recipe
 
 
-def source_weights(batch_sizes: Sequence[int]) -> list[float]:
+def source_weights(batch_sizes: Sequence[int], source_sensors: Sequence[Sequence[str]]) -> list[float]:
     """B_s / B_ref for every source, B_ref the largest: how Table 10's learning rates of {1e-4, 0.25e-4, 1e-5} for
-    sub-batches of {128, 32, 12} read under one optimiser step."""
-    return [size / max(batch_sizes) for size in batch_sizes]
+    sub-batches of {128, 32, 12} read under one optimiser step.
+
+    Sources of the same sensors are parts of one sub-batch, as GeoPile and MillionAID are of the paper's RGB: B_ref is
+    the largest of their sums.
+    """
+    together: dict[tuple[str, ...], int] = {}
+    for size, sensors in zip(batch_sizes, source_sensors, strict=True):
+        together[tuple(sorted(sensors))] = together.get(tuple(sorted(sensors)), 0) + size
+    return [size / max(together.values()) for size in batch_sizes]
 
 
 def learning_rate_scales(source_sensors: Sequence[Sequence[str]], weights: Sequence[float]) -> dict[str, float]:

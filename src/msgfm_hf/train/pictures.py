@@ -1,9 +1,10 @@
-"""Pictures of a run: reconstructions, losses, and where the experts' tokens come from."""
+"""Pictures of a run and of a model: reconstructions, losses, radar statistics, and where experts' tokens come from."""
 
 import json
 import os
 from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from msgfm_hf.model.modeling_msgfm import MsGFMForPreTraining, routing_statistic
 from msgfm_hf.model.sensors import SensorSpec, get_sensor
 from msgfm_hf.tasks.reconstruction import MaskedCrops, counted_pixels, directions, predict_directions
 
-_UNIT_NAMES = {"reflectance": "reflectance", "db": "dB", "metres": "m"}
+UNIT_NAMES = {"reflectance": "reflectance", "db": "dB", "metres": "m"}
 _HIDDEN = 0.55  # grey of what is not shown
 
 
@@ -50,11 +51,18 @@ class _Stretch:
 
     def __init__(self, spec: SensorSpec, bands: Sequence[str], target: np.ndarray):
         self.index = display_bands(spec, bands)
-        self.unit = _UNIT_NAMES[spec.unit]
+        self.unit = UNIT_NAMES[spec.unit]
         self.label = "" if len(self.index) == 3 else f"{bands[self.index[0]]}, {self.unit}"
         shown = target[self.index]
         self.low = np.nanpercentile(shown, 2, axis=(1, 2))
         self.high = np.maximum(np.nanpercentile(shown, 98, axis=(1, 2)), self.low + 1e-6)
+
+    def limits(self) -> str:
+        """What stands beside a colour bar, or under true colour, which has none."""
+        if self.label:
+            return self.label
+        colours = zip(("red", "green", "blue"), self.low, self.high, strict=True)
+        return ", ".join(f"{name} {low:.2f}-{high:.2f}" for name, low, high in colours) + f" {self.unit}"
 
     def draw(self, axes, values: np.ndarray, hidden: np.ndarray | None = None):
         """Show (C, H, W) with hidden pixels in grey; returns the image for a colour bar, where there is one band."""
@@ -148,6 +156,43 @@ def draw_reconstruction(
         return _save(figure, path)
 
 
+def draw_progress(
+    model: MsGFMForPreTraining,
+    processor: MsGFMImageProcessor,
+    sources: Sequence[ShardSource],
+    crops: dict[str, list[MaskedCrops]],
+    cross_loss_region: str,
+    title: str,
+    path: Path | None,
+) -> Path | None:
+    """One row per source and direction, the first of the crops: input, target, prediction, error.
+
+    With the same crops at every evaluation the pictures show what a run learns. Processes that share a model all have
+    to predict; those without a `path` draw nothing.
+    """
+    ways = [(source, *way) for source in sources for way in directions(source.sensors)]
+    model.eval()
+    predicted = {source.name: predict_directions(model, crops[source.name][0], source) for source in sources}
+    if path is None:
+        return None
+    with _style():
+        figure, axes = plt.subplots(
+            len(ways), 4, figsize=(8, 2.05 * len(ways) + 0.4), squeeze=False, constrained_layout=True
+        )
+        for row, (source, sensor, target) in zip(axes, ways, strict=True):
+            batch, prediction = crops[source.name][0], predicted[source.name][sensor, target][0]
+            counted = counted_pixels(batch, sensor, target)[0]
+            error = (prediction - batch.pixel_values[target][0]).abs().mean(0)
+            mean = torch.where(counted, error, 0).sum() / counted.sum().clamp(min=1)
+            gsd = source.read(0)["images"][target].gsd
+            _draw_one(
+                row, processor, source, batch, 0, prediction, sensor, target, cross_loss_region, gsd, f"{mean:.2f} σ"
+            )
+            row[0].set_ylabel(f"{source.name}\n{sensor} → {target}", fontsize=8)
+        figure.suptitle(title, fontsize=9)
+        return _save(figure, path)
+
+
 def _locate(batches: list[MaskedCrops], pick: int) -> tuple[int, int]:
     starts = np.cumsum([0, *(len(batch.keys) for batch in batches)])
     number = int(np.searchsorted(starts, pick, side="right")) - 1
@@ -205,6 +250,154 @@ def _draw_one(axes, processor, source, batch, place, prediction, sensor, target,
             bar.ax.tick_params(labelsize=6)
             bar.set_label(label, fontsize=6)
     _scale_bar(axes[1], truth.shape[-1], gsd)
+
+
+@dataclass
+class Reconstructed:
+    """One direction of one place, in physical units, ready to be drawn.
+
+    Args:
+        sensor, target: ids of the input and of what is predicted from it.
+        trained: False where the model is known never to have had this direction in training.
+        specs: {sensor: SensorSpec} of both.
+        bands: {sensor: names of its bands} of both.
+        given: (C, H, W), the input image, NaN where invalid.
+        masked: bool (H, W), where the input was masked.
+        shown: (C_target, H, W), the reconstruction, NaN where there is none.
+        truth: (C_target, H, W), the image of the target, NaN where invalid; `None` if there is none.
+        error: (H, W), mean over bands of |shown - truth| where it counts, NaN elsewhere; `None` without a truth.
+        error_text: what to write above the panel of the error.
+        gsd: metres per pixel, where known.
+    """
+
+    sensor: str
+    target: str
+    trained: bool
+    specs: dict[str, SensorSpec]
+    bands: dict[str, list[str]]
+    given: np.ndarray
+    masked: np.ndarray
+    shown: np.ndarray
+    truth: np.ndarray | None
+    error: np.ndarray | None
+    error_text: str
+    gsd: float | None
+
+
+def draw_directions(rows: Sequence[Reconstructed], title: str, path: Path) -> Path:
+    """Figure 3 of the paper: a row per direction with masked input, reconstruction, target and absolute error.
+
+    The stretch (2 % to 98 % of the target, or of the reconstruction where there is no target) serves all panels of the
+    target; the error reaches from 0 to half of that range, over all bands.
+    """
+    height, width = rows[0].masked.shape
+    shape = min(max(height / width, 0.4), 2.5)
+    with _style():
+        figure, axes = plt.subplots(
+            len(rows),
+            4,
+            figsize=(14.5, (2.75 * shape + 0.42) * len(rows) + 0.7),
+            squeeze=False,
+            layout="constrained",
+        )
+        for panels, row in zip(axes, rows, strict=True):
+            _draw_direction(panels, row)
+        figure.suptitle(title, fontsize=9)
+        return _save(figure, path)
+
+
+def _draw_direction(panels, row: Reconstructed):
+    truth = row.shown if row.truth is None else row.truth
+    stretch = _Stretch(row.specs[row.target], row.bands[row.target], truth)
+    own = row.sensor == row.target
+    input_stretch = stretch if own else _Stretch(row.specs[row.sensor], row.bands[row.sensor], row.given)
+    pictures = [(input_stretch.draw(panels[0], row.given, row.masked), input_stretch.limits())]
+    pictures.append((stretch.draw(panels[1], row.shown), stretch.limits()))
+    titles = [f"{row.sensor}, masked", f"{row.target} from {row.sensor}", f"{row.target}, target", row.error_text]
+    if row.truth is None:
+        for panel in panels[2:]:
+            panel.set_axis_off()
+        text = f"no image of {row.target} given:\nstretched by the reconstruction"
+        panels[2].text(0.5, 0.5, text, ha="center", va="center", color="0.35", transform=panels[2].transAxes)
+        titles[2:] = ["", ""]
+    else:
+        pictures.append((stretch.draw(panels[2], row.truth), stretch.limits()))
+        panels[3].set_facecolor(str(_HIDDEN))
+        # Over all bands, as the error is.
+        ends = np.nanpercentile(row.truth, (2, 98), axis=(1, 2))
+        limit = max(float((ends[1] - ends[0]).mean()) / 2, 1e-6)
+        found = np.ma.masked_invalid(row.error)
+        pictures.append((panels[3].imshow(found, cmap="magma", vmin=0, vmax=limit), f"|error|, {stretch.unit}"))
+    for panel, name in zip(panels, titles, strict=True):
+        panel.set_xticks([])
+        panel.set_yticks([])
+        panel.set_title(name)
+    for panel, (picture, label) in zip(panels, pictures, strict=False):
+        if picture is not None:
+            bar = panel.figure.colorbar(picture, ax=panel, fraction=0.046, pad=0.02)
+            bar.ax.tick_params(labelsize=7)
+            bar.set_label(label, fontsize=7)
+        else:
+            panel.set_xlabel(label, fontsize=7)
+        _scale_bar(panel, row.masked.shape[1], row.gsd)
+    panels[0].set_ylabel(f"{row.sensor} → {row.target}" + ("" if row.trained else "\nnot trained"), fontsize=10)
+
+
+class Backscatter(NamedTuple):
+    """One band of one direction of a radar sensor.
+
+    Args:
+        direction: as it is to be named, such as "s2 → s1".
+        band: name of the band.
+        before, after: (n,), decibels of the same pixels in the image and in its reconstruction.
+        found: the entry of the band from `speckle.compare_backscatter`.
+    """
+
+    direction: str
+    band: str
+    before: np.ndarray
+    after: np.ndarray
+    found: dict
+
+
+def draw_backscatter(rows: Sequence[Sequence[Backscatter]], title: str, path: Path) -> Path:
+    """Figure 5 of the paper: a row per direction and a panel per band with histograms before and after, and the SSI."""
+    columns = max(map(len, rows))
+    with _style():
+        figure, axes = plt.subplots(
+            len(rows), columns, figsize=(5.2 * columns, 2.9 * len(rows) + 0.6), squeeze=False, layout="constrained"
+        )
+        for panels, bands in zip(axes, rows, strict=True):
+            for panel, band in zip(panels, bands, strict=False):
+                _draw_backscatter(panel, band)
+            for panel in panels[len(bands) :]:
+                panel.set_axis_off()
+            panels[0].set_ylabel("share of pixels per dB")
+        figure.suptitle(title, fontsize=9)
+        return _save(figure, path)
+
+
+def _draw_backscatter(panel, band: Backscatter):
+    ends = np.percentile(np.concatenate([band.before, band.after]), [0.2, 99.8])
+    bins = np.linspace(np.floor(ends[0]), np.ceil(ends[1]) + 1e-3, 61)
+    for name, values, colour in (("before", band.before, "0.35"), ("after", band.after, "tab:orange")):
+        found = band.found[name]
+        looks = found["equivalent_looks"]
+        label = f"{name}: {found['mean_db']:.1f} ± {found['std_db']:.1f} dB, CV {found['coefficient_of_variation']:.2f}"
+        label += "" if looks is None else f", {looks:.1f} looks"
+        panel.hist(values, bins, density=True, histtype="stepfilled", color=colour, alpha=0.35)
+        panel.hist(values, bins, density=True, histtype="step", color=colour, linewidth=1.3, label=label)
+        panel.axvline(found["mean_db"], color=colour, linewidth=1.2, linestyle="--", ymax=0.8)
+    # Room for the legend above the histograms.
+    panel.set_ylim(0, panel.get_ylim()[1] * 1.3)
+    panel.set_xlim(bins[0], bins[-1])
+    panel.legend(fontsize=7, loc="upper left", frameon=False)
+    panel.set_xlabel("backscatter, dB")
+    panel.grid(alpha=0.25)
+    index = band.found["ssi"]
+    panel.set_title(
+        f"{band.direction}, {band.band}: " + ("no SSI" if index is None else f"SSI {index:.2f}"), fontsize=9
+    )
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -1,17 +1,20 @@
 """Pretraining: `accelerate launch pretrain.py`, or `accelerate launch -m msgfm_hf.train.pretrain` from a wheel.
 
 A run's folder holds the best model so far (loadable with `from_pretrained`), its processor, `metrics.jsonl`, pictures
-and `checkpoints/`. The step is the only state of the data and of chance: order, crops, masks and crossings are
-functions of the seed and the step, and torch's generators are seeded anew at each step. So a run that resumes at a step
-goes on exactly as if it had never stopped.
+and `checkpoints/`. How many batches were taken is the only state of the data, and the step that of chance: order,
+crops, masks and crossings are functions of the seed and of these, and torch's generators are seeded anew at each step.
+So a run that resumes goes on exactly as if it had never stopped, with another number of processes at the same sample.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
+import resource
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -21,13 +24,15 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from msgfm_hf import __version__
-from msgfm_hf.data.batch import PreTrainingBatches, collate
+from msgfm_hf.data.batch import PreTrainingBatches, collate, count_loss_pixels
 from msgfm_hf.data.mixture import MixtureDataset, MixtureSampler, SourceOrder, steps_per_epoch
 from msgfm_hf.data.shards import ShardSource, find_sources, shard_splits
 from msgfm_hf.model.image_processing_msgfm import MsGFMImageProcessor
@@ -36,17 +41,30 @@ from msgfm_hf.model.sensors import get_sensor
 from msgfm_hf.tasks.reconstruction import evaluate_reconstruction, masked_crops, training_statistics
 from msgfm_hf.train.checkpoint import (
     checkpoint_errors,
+    find_checkpoints,
     load_checkpoint,
-    newest_checkpoint,
     save_checkpoint,
     save_model,
     write_text,
 )
 from msgfm_hf.train.optimisation import build_optimizer, set_learning_rate, source_weights
-from msgfm_hf.train.pictures import draw_expert_load, draw_losses, draw_reconstruction
+from msgfm_hf.train.pictures import draw_expert_load, draw_losses, draw_progress, draw_reconstruction
+from msgfm_hf.train.processes import (
+    clip_gradients,
+    full_optimizer_state,
+    full_weights,
+    gathered,
+    gradients_stay_local,
+    load_optimizer_state,
+    prepare_model,
+    total,
+)
 from msgfm_hf.train.recipe import Recipe, add_recipe_arguments, learning_rate_factor, recipe_from_arguments
 
 _DEFAULT_BATCH_SIZE = 16
+# Steps whose median says what a usual loss is.
+_USUAL_STEPS = 100
+_REHEARSED_STEPS = 4
 
 
 def computes_in_bf16(device: torch.device) -> bool:
@@ -112,16 +130,20 @@ class Mixture:
             raise ValueError(
                 f"`data` must hold a training split, got {', '.join(folders)} without one. Look with `msgfm inspect`."
             )
-        self.sources = [ShardSource(folders[name], "train") for name in chosen]
+        self.sources = _with_sensors([ShardSource(folders[name], "train") for name in chosen], recipe.sensors)
         for source in self.sources:
             if source.name != Path(source.path).name:
                 raise ValueError(
                     f"`data` must hold sources in folders of their own name, got {source.name!r} in {source.path}. "
                     "Rename the folder."
                 )
-        self.batch_sizes = [recipe.batch_sizes.get(name, _DEFAULT_BATCH_SIZE) for name in chosen]
-        self.weights = source_weights(self.batch_sizes)
-        self.validation = [ShardSource(s.path, "val") for s in self.sources if "val" in shard_splits(s.path)]
+        self.batch_sizes = [recipe.batch_sizes.get(source.name, _DEFAULT_BATCH_SIZE) for source in self.sources]
+        self.weights = source_weights(self.batch_sizes, [source.sensors for source in self.sources])
+        self.validation = [
+            ShardSource(source.path, "val", source.sensors)
+            for source in self.sources
+            if "val" in shard_splits(source.path)
+        ]
 
     @property
     def sensors(self) -> list[str]:
@@ -141,6 +163,18 @@ class Mixture:
             }
             for source in self.sources
         }
+
+
+def _with_sensors(sources: list[ShardSource], sensors: list[str]) -> list[ShardSource]:
+    """The sources with those of their sensors that are asked for; sources without any are left out."""
+    there = sorted({sensor for source in sources for sensor in source.sensors})
+    unknown = sorted(set(sensors) - set(there))
+    if unknown:
+        raise ValueError(
+            f"`sensors` must be among those of the sources ({', '.join(there)}), got {unknown[0]!r}. Correct the name."
+        )
+    kept = [(source, [name for name in source.sensors if not sensors or name in sensors]) for source in sources]
+    return [ShardSource(source.path, source.split, names) for source, names in kept if names]
 
 
 class Interrupt:
@@ -177,37 +211,62 @@ def pretrain(recipe: Recipe, resume: bool = False) -> dict:
         CheckpointError: if a checkpoint cannot be written or read, or belongs to another run.
         RuntimeError: if the loss or its gradient is not finite, or too many damaged rows are met.
     """
-    return _Run(recipe, resume).run()
+    run = _Run(recipe)
+    run.check_folder(resume)
+    run.prepare(resume)
+    return run.run()
+
+
+def dry_run(recipe: Recipe) -> str:
+    """What a run would be: its mixture, length, parameters, memory and hours, from steps on its data and this device.
+
+    Nothing is written but the shards that a recipe makes itself.
+
+    Args:
+        recipe: what to do.
+
+    Returns:
+        the text.
+
+    Raises:
+        ValueError, RuntimeError: as `pretrain`.
+    """
+    run = _Run(recipe)
+    run.prepare(resume=False)
+    return run.rehearse()
 
 
 class _Run:
-    """One run: what it was set up with, and how far it has come (`step`, `best`, `bad`)."""
+    """One run: what it was set up with, and how far it has come (`step`, `turn`, `best`, `bad`, `skipped`).
 
-    def __init__(self, recipe: Recipe, resume: bool):
+    A turn is one batch of one process, so a step has `turns_per_step` of them.
+    """
+
+    def __init__(self, recipe: Recipe):
         self.recipe, self.run_dir = recipe, recipe.run_dir
-        self.accelerator = Accelerator(mixed_precision=_precision(recipe))
-        checkpoint = newest_checkpoint(self.run_dir)
-        files = {path.name for path in self.run_dir.iterdir()} if self.run_dir.is_dir() else set()
-        if "run.json" not in files and "model.safetensors" in files:
+        # Accelerate would go on without those that are not there.
+        there = [tracker.value for tracker in get_available_trackers()]
+        if not set(recipe.report_to) <= set(there):
             raise ValueError(
-                f"`output_dir` must be new, got {str(self.run_dir)!r} with a model that is not of a run. "
-                "Choose another `--output_dir`."
+                f"`report_to` must name trackers that are installed ({', '.join(there)}), got {recipe.report_to}. "
+                "Install the others, or leave them out."
             )
-        if "run.json" in files and not resume:
-            raise ValueError(
-                f"`output_dir` must be new, got {str(self.run_dir)!r} with a run at step "
-                f"{checkpoint.step if checkpoint else 0}. Add `--resume` to go on with it, or choose another "
-                "`--output_dir`."
-            )
+        self.accelerator = Accelerator(
+            mixed_precision=_precision(recipe), log_with=recipe.report_to or None, project_dir=str(self.run_dir)
+        )
+
+    def prepare(self, resume: bool):
+        """Data, model and optimiser, fresh or from the newest checkpoint."""
+        recipe = self.recipe
         if self.accelerator.is_main_process:
             make_missing_data(recipe)
         self.accelerator.wait_for_everyone()
 
         self.mixture = mixture = Mixture(recipe)
         world = self.accelerator.num_processes
-        self.epoch = steps_per_epoch([len(source) for source in mixture.sources], mixture.batch_sizes, world)
-        self.max_steps = (
-            recipe.max_steps if recipe.max_steps > 0 else max(1, round(recipe.num_train_epochs * self.epoch))
+        self.turns_per_step = world * recipe.gradient_accumulation_steps
+        self.epoch = steps_per_epoch(
+            [len(source) for source in mixture.sources], mixture.batch_sizes, self.turns_per_step
         )
         set_seed(recipe.seed)
         first = "rgb" if "rgb" in mixture.sensors else mixture.sensors[0]
@@ -216,20 +275,34 @@ class _Run:
         )
         self.processor = MsGFMImageProcessor.from_config(self.config)
         self.model = MsGFMForPreTraining(self.config)
+        if recipe.gradient_checkpointing:
+            self.model.activation_checkpointing_enable()
+        self.made_by = _made_by(recipe, mixture, world, self.accelerator.mixed_precision)
+
+        # `planned` is what the schedule of the learning rate means by a step, whatever the number of processes now.
+        steps = recipe.max_steps if recipe.max_steps > 0 else max(1, round(recipe.num_train_epochs * self.epoch))
+        self.planned = {"steps": steps, "turns": steps * self.turns_per_step}
+        self.step, self.turn, self.best, self.bad, self.skipped = 0, 0, None, [], 0
+        self.losses: list[float] = []
+        self.first_crops = None
+        loaded = load_checkpoint(self.run_dir, self.model, self.made_by) if resume else None
+        if loaded is not None:
+            for name, value in loaded[0].items():
+                setattr(self, name, value)
+        left = math.ceil(max(self.planned["turns"] - self.turn, 0) / self.turns_per_step)
+        self.max_steps = self.step + left
+        self.prepared = prepare_model(self.accelerator, self.model, recipe.fsdp)
         self.optimizer = build_optimizer(
             self.model, recipe, [source.sensors for source in mixture.sources], mixture.weights
         )
-        self.made_by = _made_by(recipe, mixture, world, self.max_steps, self.accelerator.mixed_precision)
-
-        self.step, self.best, self.bad = 0, None, []
-        if checkpoint is not None:
-            state = load_checkpoint(checkpoint, self.model, self.optimizer, self.made_by)
-            self.step, self.best, self.bad = state["step"], state["best"], state["bad"]
-        self.prepared, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        if loaded is not None:
+            load_optimizer_state(self.model, self.optimizer, loaded[1])
         self.statistics = {
             source.name: training_statistics(source, self.processor, self.config.image_size)
             for source in mixture.sources
         }
+        self.model.train()
+        self._restart_clock()
         self.progress = tqdm(
             total=self.max_steps,
             initial=self.step,
@@ -240,16 +313,83 @@ class _Run:
             mininterval=0.1 if sys.stderr.isatty() else 10,
         )
 
+    def check_folder(self, resume: bool):
+        """Refuse a folder that something else is in, or a run that is not to go on."""
+        files = {path.name for path in self.run_dir.iterdir()} if self.run_dir.is_dir() else set()
+        if "run.json" not in files and "model.safetensors" in files:
+            raise ValueError(
+                f"`output_dir` must be new, got {str(self.run_dir)!r} with a model that is not of a run. "
+                "Choose another `--output_dir`."
+            )
+        if "run.json" in files and not resume:
+            step = max((checkpoint.step for checkpoint in find_checkpoints(self.run_dir)), default=0)
+            raise ValueError(
+                f"`output_dir` must be new, got {str(self.run_dir)!r} with a run at step {step}. "
+                "Add `--resume` to go on with it, or choose another `--output_dir`."
+            )
+
     def run(self) -> dict:
         if self.accelerator.is_main_process:
             self._open_folder()
+        self.accelerator.wait_for_everyone()
         with Interrupt() as interrupt:
             self._train(interrupt)
         self.progress.close()
-        rows = self._finish() if self.accelerator.is_main_process else []
-        self.accelerator.wait_for_everyone()
+        # The others need not wait for pictures and the last evaluation: nothing is shared any more.
         self.accelerator.end_training()
+        rows = self._finish() if self.accelerator.is_main_process else []
         return {"run_dir": self.run_dir, "step": self.step, "finished": self.finished, "reconstruction": rows}
+
+    def rehearse(self) -> str:
+        """A few steps, and what they say of the whole."""
+        batches, loader, times = self._batches(), iter(self._loader()), []
+        for _ in range(min(_REHEARSED_STEPS, self.max_steps)):
+            before = time.perf_counter()
+            step_batches = self._next_batches(loader)
+            counts, inputs = self._agree(step_batches, batches)
+            self.step, self.turn = self.step + 1, self.turn + self.turns_per_step
+            # The loss's value is read inside, so a step is over when this returns.
+            self._optimise(step_batches, inputs, counts)
+            times.append(time.perf_counter() - before)
+        self.progress.close()
+        seconds, world = statistics.median(times[1:] or times), self.accelerator.num_processes
+        device = self.accelerator.device
+        lines = [f"{self.recipe.name}, a rehearsal of {len(times)} steps; nothing was trained or saved.", ""]
+        lines.append(f"{'source':<16} {'sensors':<12} {'rows':>10} {'per batch':>10} {'per step':>10} {'passes':>8}")
+        for source, size in zip(self.mixture.sources, self.mixture.batch_sizes, strict=True):
+            step = size * self.turns_per_step
+            passes = self.max_steps * step / len(source)
+            names = "+".join(source.sensors)
+            lines.append(f"{source.name:<16} {names:<12} {len(source):>10,} {size:>10} {step:>10} {passes:>8.1f}")
+        images = sum(
+            size * len(source.sensors) * self.turns_per_step
+            for source, size in zip(self.mixture.sources, self.mixture.batch_sizes, strict=True)
+        )
+        counts = count_parameters(self.model)
+        # Four bytes each: weights, gradients, and AdamW's two moments.
+        states = 16 * counts.total / 2**30
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device) / 2**30
+        else:
+            # Kilobytes on Linux, bytes on macOS.
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+        where = "on the device" if device.type == "cuda" else "in this process, libraries included"
+        hours = seconds * self.max_steps / 3600
+        lines += [
+            "",
+            f"steps        {self.max_steps:,}, {self.epoch:,} per pass over the longest source; one batch per "
+            f"{self._batch_name().removeprefix('batch, ')}",
+            f"images       {images:,} per step (every sensor counts), {images * self.max_steps:,} in all",
+            f"parameters   {counts.total:,}",
+            f"memory       {states:.2f} GiB for weights, gradients and AdamW's moments"
+            f"{f', shared by {world} processes' if self.recipe.fsdp else ''}; "
+            f"{peak:.2f} GiB at most {where}",
+            f"one step     {seconds:.3g} s, {images / seconds:.3g} images/s (median of {len(times[1:] or times)}, the "
+            f"first left out; {device.type}, {self.accelerator.mixed_precision})",
+            f"whole run    {hours:.3g} h, {hours * world:.3g} device-hours on {world} x {device.type}; validation, "
+            "checkpoints and pictures come on top",
+        ]
+        return "\n".join(lines)
 
     @property
     def finished(self) -> bool:
@@ -259,16 +399,30 @@ class _Run:
         with checkpoint_errors(self.run_dir):
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self._write_record()
-            _cut_metrics(self.run_dir / "metrics.jsonl", self.step)
+            for path in (self.run_dir / "metrics.jsonl", *(self.run_dir / "samples").glob("*.jsonl")):
+                _cut_lines(path, self.step)
+        if self.recipe.report_to:
+            self.accelerator.init_trackers(
+                "logs",
+                config={name: str(value) for name, value in self.made_by["recipe"].items()},
+                # What a killed run told after its last checkpoint does not stay.
+                init_kwargs={"tensorboard": {"purge_step": self.step}},
+            )
         sensor = next(iter(self.config.inputs))
         counts = count_parameters(self.model, inputs=[sensor], targets=[sensor])
         parts = [f"{s.name} {size}" for s, size in zip(self.mixture.sources, self.mixture.batch_sizes, strict=True)]
         print(
-            f"{self.recipe.name}: {', '.join(parts)} per step, {self.epoch} steps per epoch, {self.max_steps} steps in "
-            f"all; {counts.total:,} parameters, {counts.active:,} of them for {sensor} -> {sensor}; "
+            f"{self.recipe.name}: {', '.join(parts)} per {self._batch_name()}, {self.epoch} steps per epoch, "
+            f"{self.max_steps} steps in all; {counts.total:,} parameters, {counts.active:,} of them for {sensor} -> "
+            f"{sensor}; "
             f"{self.accelerator.device.type}, {'float32' if self.accelerator.mixed_precision == 'no' else 'bf16'}; "
             f"learning rate {self.recipe.learning_rate:g}, {self.recipe.lr_scheduler_type}."
         )
+
+    def _batch_name(self) -> str:
+        world, micro = self.accelerator.num_processes, self.recipe.gradient_accumulation_steps
+        shares = [f"{world} processes"] * (world > 1) + [f"{micro} batches each"] * (micro > 1)
+        return f"batch, {' and '.join(shares)} per step" if shares else "step"
 
     def _write_record(self):
         """`run.json`: what made the run, and under `resumed` what went on with it from which step."""
@@ -277,12 +431,13 @@ class _Run:
             record = json.loads(path.read_text())
             if self.finished:
                 return
-            if record["threads"] != self.made_by["threads"]:
-                print(
-                    f"This run had {record['threads']} threads before and has {self.made_by['threads']} now: sums "
-                    "round differently, so it goes on exactly only in their last digits."
-                )
-            again = {name: self.made_by[name] for name in ("versions", "commit", "command", "threads")}
+            for name, result in (
+                ("threads", "sums round differently, so it goes on exactly only up to their last digits"),
+                ("world_size", f"it goes on at the same samples, {self.max_steps - self.step} steps are left"),
+            ):
+                if record[name] != self.made_by[name]:
+                    print(f"`{name}` of this run was {record[name]} and is {self.made_by[name]} now: {result}.")
+            again = {name: self.made_by[name] for name in ("versions", "commit", "command", "threads", "world_size")}
             record["resumed"] = [*record.get("resumed", []), {"step": self.step, **again}]
         write_text(path, json.dumps(record, indent=2))
 
@@ -293,8 +448,8 @@ class _Run:
             MixtureDataset(mixture.sources, orders, self.config.image_size, recipe.seed, recipe.max_bad),
             batch_sampler=MixtureSampler(
                 mixture.batch_sizes,
-                self.max_steps,
-                self.step,
+                self.turn + (self.max_steps - self.step) * self.turns_per_step,
+                self.turn,
                 self.accelerator.process_index,
                 self.accelerator.num_processes,
             ),
@@ -303,9 +458,9 @@ class _Run:
             pin_memory=self.accelerator.device.type == "cuda",
         )
 
-    def _train(self, interrupt: Interrupt):
+    def _batches(self) -> PreTrainingBatches:
         recipe = self.recipe
-        batches = PreTrainingBatches(
+        return PreTrainingBatches(
             self.mixture.sources,
             self.processor,
             self.config,
@@ -315,20 +470,27 @@ class _Run:
             recipe.cross_loss_region,
             self.mixture.weights,
         )
-        self.model.train()
-        self._restart_clock()
-        for batch in self._loader():
-            self._note_damage(batch)
-            inputs = batches(batch, self.step, self.accelerator.device)
+
+    def _train(self, interrupt: Interrupt):
+        recipe, batches = self.recipe, self._batches()
+        loader = iter(self._loader())
+        while self.step < self.max_steps:
+            step_batches = self._next_batches(loader)
+            counts, inputs = self._agree(step_batches, batches)
             self.step += 1
+            self.turn += self.turns_per_step
             last = self.step == self.max_steps
             logging_now = self.step % recipe.logging_steps == 0 or last
-            outputs, gradient_norm, learning_rate = self._optimise(batch, inputs, logging_now)
-            self.images += sum(len(part["keys"]) * len(part["images"]) for part in batch["sources"])
-            if logging_now and self.accelerator.is_main_process:
-                self._log(outputs, inputs, gradient_norm, learning_rate)
+            done = self._optimise(step_batches, inputs, counts, logging_now)
+            stop = self._any(interrupt.asked)
+            self.images += sum(
+                len(part["keys"]) * len(part["images"]) for batch in step_batches for part in batch["sources"]
+            )
+            if recipe.log_samples:
+                self._log_samples(step_batches)
+            if logging_now and done is not None:
+                self._log(done, inputs[-1])
             self.progress.update(1)
-            stop = interrupt.asked
             if self.mixture.validation and (last or (self.step % recipe.eval_steps == 0 and not stop)):
                 self._validate()
             if self.step % recipe.save_steps == 0 or last or stop:
@@ -336,34 +498,114 @@ class _Run:
             if stop:
                 break
 
-    def _optimise(self, batch: dict, inputs: dict, output_router_logits: bool):
-        """One step of the optimiser; chance is a function of the seed, the step and the rank."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        torch.manual_seed((self.recipe.seed * 1_000_003 + self.step) * world + rank)
-        learning_rate = self.recipe.learning_rate * learning_rate_factor(self.recipe, self.step - 1, self.max_steps)
+    def _next_batches(self, loader) -> list[dict]:
+        """The batches of this process's next step, with the time spent waiting for them."""
+        before = time.perf_counter()
+        found = [next(loader) for _ in range(self.recipe.gradient_accumulation_steps)]
+        self.waited += time.perf_counter() - before
+        return found
+
+    def _any(self, asked: bool) -> bool:
+        """Whether any process was asked: a signal may reach one alone."""
+        if self.accelerator.num_processes == 1:
+            return asked
+        return total(self.accelerator, torch.tensor(float(asked))).item() > 0
+
+    def _agree(self, step_batches: list[dict], batches: PreTrainingBatches):
+        """What all processes must do alike: give up on damage or not, and divide each slice's loss by.
+
+        Returns:
+            per slice the mean count of pixels over all batches of the step (`None` for a single batch, which counts
+            its own), and the arguments of the model for each batch of this process.
+        """
+        damage = [found for batch in step_batches for found in batch["bad"]]
+        lost = any(not batch["sources"] for batch in step_batches)
+        device = self.accelerator.device
+        inputs = [] if lost else [batches(batch, self.step, device) for batch in step_batches]
+        flags = torch.tensor([lost, len(damage)], dtype=torch.float64, device=device)
+        slices = sum(len(source.sensors) for source in self.mixture.sources)
+        counts = torch.zeros(slices, dtype=torch.float64, device=device)
+        if self.turns_per_step > 1:
+            for given in inputs:
+                counts += count_loss_pixels(given, self.config.patch_size)
+            flags, counts = total(self.accelerator, torch.cat([flags, counts])).split([2, slices])
+        lost, damaged = flags.tolist()
+        if damaged:
+            self._note_damage(gathered(self.accelerator, damage), bool(lost))
+        counts = iter((counts / self.turns_per_step).float())
+        nested = [{sensor: next(counts) for sensor in source.sensors} for source in self.mixture.sources]
+        return nested if self.turns_per_step > 1 else None, inputs
+
+    def _optimise(self, step_batches: list[dict], inputs: list[dict], counts, output_router_logits: bool = False):
+        """One step of the optimiser; chance is a function of the seed, the step, the rank and the batch.
+
+        Returns:
+            the outputs of each batch, the norm of the gradient and the learning rate; `None` for a step left out.
+        """
+        recipe, rank, world = self.recipe, self.accelerator.process_index, self.accelerator.num_processes
+        reached = (self.turn - self.turns_per_step) * self.planned["steps"] / self.planned["turns"]
+        learning_rate = recipe.learning_rate * learning_rate_factor(recipe, reached, self.planned["steps"])
         set_learning_rate(self.optimizer, learning_rate)
-        with self.accelerator.autocast():
-            outputs = self.prepared(**inputs, output_router_logits=output_router_logits)
-        self.accelerator.backward(outputs.loss)
-        gradient_norm = self.accelerator.clip_grad_norm_(self.prepared.parameters(), self.recipe.max_grad_norm)
-        for name, value in (("loss", outputs.loss), ("grad_norm", gradient_norm)):
-            if not torch.isfinite(value):
-                keys = [key for part in batch["sources"] for key in part["keys"]]
-                raise RuntimeError(
-                    f"`{name}` must be finite, got {value.item()} at step {self.step}. Look at the rows of this step "
-                    f"({', '.join(keys[:8])}, ...) or lower `learning_rate`; the last checkpoint is whole."
-                )
+        all_outputs = []
+        for number, given in enumerate(inputs):
+            turn = number * world + rank
+            torch.manual_seed((recipe.seed * 1_000_003 + self.step) * self.turns_per_step + turn)
+            with gradients_stay_local(self.accelerator, self.prepared, number < len(inputs) - 1):
+                with self.accelerator.autocast():
+                    outputs = self.prepared(**given, num_loss_pixels=counts, output_router_logits=output_router_logits)
+                (outputs.loss / len(inputs)).backward()
+            all_outputs.append(outputs)
+        gradient_norm = clip_gradients(self.model, recipe.max_grad_norm)
+        loss = torch.stack([outputs.loss.detach() for outputs in all_outputs]).double().sum()
+        loss = (total(self.accelerator, loss) if world > 1 else loss).item() / self.turns_per_step
+        reason = self._unusual(loss, gradient_norm)
+        if reason is not None:
+            self._leave_out(reason, step_batches)
+            return None
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return outputs, float(gradient_norm), learning_rate
+        return all_outputs, loss, gradient_norm, learning_rate
 
-    def _note_damage(self, batch: dict):
+    def _unusual(self, loss: float, gradient_norm: float) -> str | None:
+        """Why a step must not be taken, if so."""
+        for name, value in (("loss", loss), ("grad_norm", gradient_norm)):
+            if not math.isfinite(value):
+                return f"`{name}` must be finite, got {value}"
+        if self.recipe.max_loss_ratio:
+            usual = statistics.median(self.losses) if len(self.losses) == _USUAL_STEPS else math.inf
+            if loss > self.recipe.max_loss_ratio * usual:
+                return (
+                    f"`loss` must be within `max_loss_ratio` ({self.recipe.max_loss_ratio:g}) times the median of the "
+                    f"last {_USUAL_STEPS} steps, {usual:.4g}, got {loss:.4g}"
+                )
+            self.losses = [*self.losses, loss][-_USUAL_STEPS:]
+        return None
+
+    def _leave_out(self, reason: str, step_batches: list[dict]):
+        """Log a step whose gradients are not to be used, with the keys of its rows; stop if the recipe says so."""
+        keys = [key for batch in step_batches for part in batch["sources"] for key in part["keys"]]
+        keys = gathered(self.accelerator, keys)
+        self.skipped += 1
+        stop = self.recipe.on_bad_loss == "stop" or self.skipped > self.recipe.max_skipped_steps
+        if self.accelerator.is_main_process:
+            event = "stopped" if stop else "skipped"
+            self._append({"step": self.step, "event": event, "reason": reason, "keys": keys})
+        if stop:
+            raise RuntimeError(
+                f"{reason} at step {self.step}. Look at the rows of this step ({', '.join(keys[:8])}, ..., all of them "
+                "in metrics.jsonl), lower `learning_rate`, or go on with `--resume --on_bad_loss skip`; the last "
+                "checkpoint is whole."
+            )
+        self.progress.write(f"Step {self.step} left out ({self.skipped} so far): {reason}.")
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _note_damage(self, damage: list[tuple[str, str]], lost: bool):
         """List each damaged row once; stop at too many, or where no row could be read in their place."""
-        for where, reason in batch["bad"]:
+        for where, reason in damage:
             if where not in (known for known, _ in self.bad):
                 self.progress.write(f"Damaged row {where} left out: {reason}")
                 self.bad.append((where, reason))
-        if len(self.bad) > self.recipe.max_bad or not batch["sources"]:
+        if len(self.bad) > self.recipe.max_bad or lost:
             where, reason = self.bad[-1]
             raise RuntimeError(
                 f"`max_bad` allows {self.recipe.max_bad} damaged rows, got {len(self.bad)}; the last is {where}: "
@@ -371,30 +613,47 @@ class _Run:
             )
 
     def _restart_clock(self):
-        self.clock, self.images = time.perf_counter(), 0
+        self.clock, self.images, self.waited = time.perf_counter(), 0, 0.0
 
     def _append(self, line: dict):
         with checkpoint_errors(self.run_dir):
             _append(self.run_dir / "metrics.jsonl", line)
 
-    def _log(self, outputs, inputs: dict, gradient_norm: float, learning_rate: float):
-        losses = _losses_by_direction(outputs, inputs, self.mixture)
-        self._append(
-            {
-                "step": self.step,
-                "loss": outputs.loss.item(),
-                "losses": losses,
-                "aux_loss": None if outputs.aux_loss is None else outputs.aux_loss.item(),
-                "learning_rate": learning_rate,
-                "grad_norm": gradient_norm,
-                "routing": _routing(outputs, self.config),
-                "images_per_second": self.images / (time.perf_counter() - self.clock),
-                "bad": len(self.bad),
-            }
-        )
+    def _log(self, done: tuple, inputs: dict):
+        """A line of metrics.jsonl, the means over all batches of the step; routing is that of the last ones."""
+        all_outputs, loss, gradient_norm, learning_rate = done
+        each = [_losses_by_direction(outputs, inputs, self.mixture) for outputs in all_outputs]
+        aux_losses = [outputs.aux_loss.item() for outputs in all_outputs if outputs.aux_loss is not None]
+        elapsed = time.perf_counter() - self.clock
+        line = {
+            "losses": {name: sum(losses[name] for losses in each) / len(each) for name in each[0]},
+            "aux_loss": sum(aux_losses) / len(aux_losses) if aux_losses else None,
+            "routing": routing_statistics(all_outputs[-1], self.config),
+            "images_per_second": self.images / elapsed,
+            "input_wait": self.waited / elapsed,
+        }
+        line = _mean_over_processes(self.accelerator, line)
+        line["images_per_second"] *= self.accelerator.num_processes
+        line["routing"] = tree_map(lambda number: round(number, 4), line["routing"])
+        if self.accelerator.is_main_process:
+            head = {"step": self.step, "turn": self.turn, "loss": loss}
+            rates = {"learning_rate": learning_rate, "grad_norm": gradient_norm}
+            self._append({**head, **rates, **line, "bad": len(self.bad), "skipped": self.skipped})
+            if self.recipe.report_to:
+                self.accelerator.log(_scalars({**head, **rates, **line}), step=self.step)
+            shown = {name: f"{value:.3f}" for name, value in _by_way(line["losses"]).items()}
+            self.progress.set_postfix(shown, refresh=False)
         self._restart_clock()
-        shown = {name: f"{value:.3f}" for name, value in _by_way(losses).items()}
-        self.progress.set_postfix(shown, refresh=False)
+
+    def _log_samples(self, step_batches: list[dict]):
+        """What this process's step was made of, for those who must know which row was seen when."""
+        folder = self.run_dir / "samples"
+        with checkpoint_errors(self.run_dir):
+            folder.mkdir(exist_ok=True)
+            for batch in step_batches:
+                keys = {self.mixture.sources[part["index"]].name: part["keys"] for part in batch["sources"]}
+                line = {"step": self.step, "keys": keys}
+                _append(folder / f"rank-{self.accelerator.process_index:05d}.jsonl", line)
 
     def _evaluate(self, model: MsGFMForPreTraining, max_crops: int | None) -> list[dict]:
         return evaluate_reconstruction(
@@ -415,22 +674,67 @@ class _Run:
         ratios = [ratio for ratio in map(_ratio, rows) if ratio is not None]
         # Where nothing can be compared, the newest model is the best.
         score = sum(ratios) / len(ratios) if ratios else -self.step
+        # Every process has the same rows up to the rounding of its device: their mean is one score for all.
+        score = (
+            total(self.accelerator, torch.tensor(score, dtype=torch.float64)).item() / self.accelerator.num_processes
+        )
+        better = self.best is None or score < self.best["score"]
+        if better:
+            self.best = {"score": score, "step": self.step}
+            weights = full_weights(self.model)
         if self.accelerator.is_main_process:
             summary = {_way(row): {"l1": row["l1"], "ratio_to_band_mean": _ratio(row)} for row in rows}
             self._append({"step": self.step, "validation": summary, "score": score})
-            if self.best is None or score < self.best["score"]:
-                self.best = {"score": score, "step": self.step}
-                save_model(self.run_dir, self.model, self.processor)
+            if self.recipe.report_to:
+                self.accelerator.log(_scalars({"validation": summary, "score": score}), step=self.step)
+            if better:
+                save_model(self.run_dir, self.model, self.processor, weights)
+        self._draw_progress()
         self._restart_clock()
 
-    def _save(self):
+    def _draw_progress(self):
+        """The same crops at every evaluation; `msgfm report` shows them side by side."""
+        if self.first_crops is None:
+            self.first_crops = self._masked_crops(self.model, 1)
+        path = None
         if self.accelerator.is_main_process:
-            state = {"step": self.step, "best": self.best, "bad": self.bad}
+            path = self.run_dir / "reconstructions" / f"step-{self.step:08d}.png"
+        with checkpoint_errors(self.run_dir), self.accelerator.autocast():
+            if path is not None:
+                path.parent.mkdir(exist_ok=True)
+            draw_progress(
+                self.model,
+                self.processor,
+                self.mixture.validation,
+                self.first_crops,
+                self.recipe.cross_loss_region,
+                f"{self.recipe.name}, step {self.step}. Grey: hidden, invalid or not trained.",
+                path,
+            )
+        self.model.train()
+
+    def _masked_crops(self, model: MsGFMForPreTraining, max_crops: int) -> dict[str, list]:
+        recipe = self.recipe
+        return {
+            source.name: list(
+                masked_crops(source, self.processor, model, recipe.mask_ratio, recipe.seed, max_crops, 16)
+            )
+            for source in self.mixture.validation
+        }
+
+    def _save(self):
+        weights, optimizer_state = full_weights(self.model), full_optimizer_state(self.model, self.optimizer)
+        if self.accelerator.is_main_process:
+            state = {name: getattr(self, name) for name in _STATE}
+            # Without an evaluation so far, the newest model is the best.
+            if self.best is None:
+                save_model(self.run_dir, self.model, self.processor, weights)
             save_checkpoint(
                 self.run_dir,
                 self.model,
                 self.processor,
-                self.optimizer,
+                weights,
+                optimizer_state,
                 state,
                 self.made_by,
                 self.recipe.save_total_limit,
@@ -440,11 +744,9 @@ class _Run:
 
     def _finish(self) -> list[dict]:
         """Leave a model in the folder, evaluate it if the run is over, draw the pictures, and say what was made."""
-        if self.best is None:
-            save_model(self.run_dir, self.model, self.processor)
-        rows, model = [], self.model
+        rows = []
+        model = MsGFMForPreTraining.from_pretrained(self.run_dir).to(self.accelerator.device)
         if self.mixture.validation and self.finished:
-            model = MsGFMForPreTraining.from_pretrained(self.run_dir).to(self.accelerator.device)
             rows = self._evaluate(model, None)
             write_text(self.run_dir / "validation.json", json.dumps(rows, indent=2))
         with checkpoint_errors(self.run_dir):
@@ -469,12 +771,7 @@ class _Run:
 
     def _draw(self, model: MsGFMForPreTraining) -> list[Path]:
         recipe, sources = self.recipe, self.mixture.validation
-        crops = {
-            source.name: list(
-                masked_crops(source, self.processor, model, recipe.mask_ratio, recipe.seed, recipe.eval_max_crops, 16)
-            )
-            for source in sources
-        }
+        crops = self._masked_crops(model, recipe.eval_max_crops)
         with self.accelerator.autocast():
             reconstruction = draw_reconstruction(
                 model, self.processor, sources, crops, recipe.cross_loss_region, self.run_dir / "reconstruction.png"
@@ -489,6 +786,8 @@ def _precision(recipe: Recipe) -> str:
     return "bf16" if computes_in_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu")) else "no"
 
 
+# What a checkpoint says of how far a run has come.
+_STATE = ("step", "turn", "planned", "best", "bad", "skipped", "losses")
 # What may differ between a checkpoint and the run that goes on from it, without changing what is learnt.
 _FREE_FIELDS = (
     "name",
@@ -500,14 +799,22 @@ _FREE_FIELDS = (
     "logging_steps",
     "save_steps",
     "save_total_limit",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "fsdp",
+    "on_bad_loss",
+    "max_loss_ratio",
+    "max_skipped_steps",
+    "report_to",
+    "log_samples",
 )
 
 
-def _made_by(recipe: Recipe, mixture: Mixture, world: int, max_steps: int, precision: str) -> dict:
+def _made_by(recipe: Recipe, mixture: Mixture, world: int, precision: str) -> dict:
     """What made a run: `identity` must be the same to resume it, the rest is for the record."""
     fields = dataclasses.asdict(recipe)
     identity = {name: value for name, value in fields.items() if name not in _FREE_FIELDS}
-    identity.update(max_steps=max_steps, world_size=world, mixed_precision=precision, sources=mixture.fingerprint())
+    identity.update(mixed_precision=precision, sources=mixture.fingerprint())
     packages = ("torch", "transformers", "accelerate")
     return {
         "identity": identity,
@@ -516,6 +823,7 @@ def _made_by(recipe: Recipe, mixture: Mixture, world: int, max_steps: int, preci
         "commit": source_commit(),
         "command": " ".join(sys.argv),
         "threads": torch.get_num_threads(),
+        "world_size": world,
     }
 
 
@@ -534,7 +842,7 @@ def source_commit() -> str | None:
         return None
 
 
-def _cut_metrics(path: Path, step: int):
+def _cut_lines(path: Path, step: int):
     """Drop what a killed run wrote after its last checkpoint, a torn last line included."""
     if not path.exists():
         return
@@ -570,13 +878,29 @@ def _by_way(losses: dict[str, float]) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in sorted(found.items())}
 
 
-def _routing(outputs, config) -> dict:
-    """Routing statistics per sensor as plain numbers, four digits each."""
-    found = routing_statistics(outputs, config)
-    return {
-        sensor: {name: (value * 1e4).round().div(1e4).tolist() for name, value in values.items()}
-        for sensor, values in found.items()
-    }
+def _mean_over_processes(accelerator: Accelerator, line: dict) -> dict:
+    """Nested numbers and tensors -> their means over processes, as plain numbers; None stays."""
+    leaves, structure = tree_flatten(line)
+    tensors = [None if leaf is None else torch.as_tensor(leaf, dtype=torch.float64).cpu() for leaf in leaves]
+    known = [tensor for tensor in tensors if tensor is not None]
+    if accelerator.num_processes > 1:
+        joined = total(accelerator, torch.cat([tensor.flatten() for tensor in known])) / accelerator.num_processes
+        parts = joined.cpu().split([tensor.numel() for tensor in known])
+        known = [part.view(tensor.shape) for part, tensor in zip(parts, known, strict=True)]
+    means = iter(known)
+    return tree_unflatten([None if tensor is None else next(means).tolist() for tensor in tensors], structure)
+
+
+def _scalars(values, name: str = "") -> dict[str, float]:
+    """Nested numbers -> {"path/of/names": number}, which is what trackers take."""
+    if isinstance(values, dict | list):
+        pairs = values.items() if isinstance(values, dict) else enumerate(values)
+        return {
+            path: number
+            for key, value in pairs
+            for path, number in _scalars(value, f"{name}/{key}" if name else str(key)).items()
+        }
+    return {} if values is None else {name: values}
 
 
 def _ratio(row: dict) -> float | None:
@@ -597,15 +921,22 @@ def main(argv: list[str] | None = None):
         "  accelerate launch pretrain.py                               the quickstart: synthetic scenes, a tiny model\n"
         "  accelerate launch pretrain.py --recipe sample --seed 1      the real samples (MSGFM_SAMPLE_DATA)\n"
         "  accelerate launch pretrain.py --data shards/s1s2 --data shards/rgb --max_steps 2000\n"
-        "  accelerate launch pretrain.py --resume                      go on after a stop or a crash",
+        "  accelerate launch pretrain.py --resume                      go on after a stop or a crash\n"
+        "  accelerate launch pretrain.py --recipe msgfm_base --dry-run what it would take: images, memory, hours\n"
+        "  accelerate launch --num_processes 8 pretrain.py ...         eight GPUs; on CPU see docs/pretraining.md",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     transformers_logging.disable_progress_bar()
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, where there is one")
+    parser.add_argument("--dry-run", action="store_true", help="say what the run would take, from a few steps; stop")
     add_recipe_arguments(parser)
     arguments = parser.parse_args(argv)
     try:
-        pretrain(recipe_from_arguments(arguments), resume=arguments.resume)
+        recipe = recipe_from_arguments(arguments)
+        if arguments.dry_run:
+            print(dry_run(recipe))
+        else:
+            pretrain(recipe, resume=arguments.resume)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         parser.exit(1, f"pretrain.py: {error}\n")
 

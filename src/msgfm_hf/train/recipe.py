@@ -16,6 +16,7 @@ from pathlib import Path
 import yaml
 
 from msgfm_hf.data.batch import LOSS_REGIONS
+from msgfm_hf.data.shards import find_sources
 from msgfm_hf.model.configuration_msgfm import MsGFMConfig
 
 # The three sizes of design: `base` is the paper's, `tiny` learns on a laptop's CPU in minutes.
@@ -57,9 +58,11 @@ class Recipe:
     model: dict = _option({}, "fields of MsGFMConfig that differ from the size, as YAML: '{num_experts: 8}'")
     make_data: str = _option("none", "make the shards in `data` where they are missing: synthetic, sample or none")
     data: list[str] = _option([], "folders of shards: a source, or a folder of sources")
+    sensors: list[str] = _option([], "read these sensors alone, where a source has them: '[s1, dsm]'; empty: all")
     batch_sizes: dict[str, int] = _option(
-        {}, "samples per step and device of each source: '{naip: 16}'; empty: 16 each"
+        {}, "samples per batch and process of each source: '{naip: 16}'; empty: 16 each"
     )
+    gradient_accumulation_steps: int = _option(1, "batches per process and step, one after the other")
     max_steps: int = _option(-1, "steps of the optimiser; -1: as many as `num_train_epochs` has")
     num_train_epochs: float = _option(1.0, "passes over the longest source, where `max_steps` is -1")
     learning_rate: float = _option(1e-4, "learning rate of the largest sub-batch's sensors")
@@ -77,14 +80,23 @@ class Recipe:
     cross_sensor_ratio: float = _option(0.5, "probability that a source's sensors predict each other in a step")
     cross_loss_region: str = _option("masked", "where a crossing's loss counts: masked (the paper) or all")
     mixed_precision: str = _option("auto", "bf16, no, or auto: bf16 where the machine computes in it")
+    gradient_checkpointing: bool = _option(False, "compute activations twice instead of keeping them: less memory")
+    fsdp: bool = _option(False, "share weights and the optimiser's state among the processes (FSDP2): less memory")
     seed: int = _option(0, "seed of weights, order, crops, masks and crossings")
     dataloader_num_workers: int = _option(0, "processes that read data")
     max_bad: int = _option(64, "damaged rows to skip and list before the run stops; a damaged page costs 16")
+    on_bad_loss: str = _option("stop", "at a loss that is not finite, or a spike: stop, or skip the step")
+    max_loss_ratio: float = _option(
+        0.0, "a loss above this many times the median of the last 100 steps is a spike; 0: none is"
+    )
+    max_skipped_steps: int = _option(100, "steps to skip before the run stops after all")
     logging_steps: int = _option(10, "steps between lines of metrics.jsonl")
     eval_steps: int = _option(200, "steps between evaluations on the validation split")
     save_steps: int = _option(200, "steps between checkpoints")
     save_total_limit: int = _option(2, "checkpoints to keep")
     eval_max_crops: int = _option(64, "validation crops per source in evaluations during the run")
+    report_to: list[str] = _option([], "trackers beside metrics.jsonl, as YAML: '[tensorboard]'; those of Accelerate")
+    log_samples: bool = _option(False, "write the keys of every batch to samples/rank-N.jsonl")
 
     def __post_init__(self):
         def need(holds, name, rule):
@@ -99,6 +111,7 @@ class Recipe:
             ("lr_scheduler_type", SCHEDULERS),
             ("mixed_precision", PRECISIONS),
             ("cross_loss_region", LOSS_REGIONS),
+            ("on_bad_loss", ("stop", "skip")),
         ):
             need(getattr(self, name) in choices, name, f"be one of {', '.join(choices)}")
         for name in ("mask_ratio", "cross_sensor_ratio"):
@@ -109,6 +122,7 @@ class Recipe:
             "save_steps",
             "save_total_limit",
             "eval_max_crops",
+            "gradient_accumulation_steps",
             "learning_rate",
             "adam_epsilon",
             "max_grad_norm",
@@ -117,7 +131,16 @@ class Recipe:
             need(0 < getattr(self, name) < math.inf, name, "be above 0 and finite")
         for name in ("adam_beta1", "adam_beta2"):
             need(0 <= getattr(self, name) < 1, name, "be at least 0 and below 1")
-        for name in ("warmup_steps", "weight_decay", "dataloader_num_workers", "max_bad", "seed", "num_train_epochs"):
+        for name in (
+            "warmup_steps",
+            "weight_decay",
+            "dataloader_num_workers",
+            "max_bad",
+            "seed",
+            "num_train_epochs",
+            "max_loss_ratio",
+            "max_skipped_steps",
+        ):
             need(0 <= getattr(self, name) < math.inf, name, "be 0 or more, and finite")
         need(self.seed < 2**32, "seed", "be below 2 ** 32")
         need(self.name, "name", "not be empty")
@@ -166,9 +189,29 @@ def _recipe_folder():
 def load_recipe(name_or_file: str, overrides: dict | None = None) -> Recipe:
     """Read a recipe by name or from a YAML file, with some fields replaced.
 
+    The line `extends: NAME` takes the fields of another recipe for those that a file leaves out.
+
     Raises:
-        ValueError: if there is none of that name, the YAML is not a mapping, or a field is unknown or of a wrong type.
+        ValueError: if there is none of that name, the YAML is not a mapping, recipes extend each other in a circle, or
+            a field is unknown or of a wrong type.
     """
+    entries: dict = {}
+    chain = [name_or_file]
+    while True:
+        found = _read_entries(chain[-1])
+        parent = found.pop("extends", None)
+        entries = found | entries
+        if parent is None:
+            return build_recipe({**entries, **(overrides or {})})
+        if parent in chain:
+            raise ValueError(
+                f"`extends` must lead to a recipe that extends none, got {' -> '.join([*chain, parent])}. "
+                "Leave one of them out."
+            )
+        chain.append(parent)
+
+
+def _read_entries(name_or_file: str) -> dict:
     path = Path(name_or_file)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
@@ -192,7 +235,7 @@ def load_recipe(name_or_file: str, overrides: dict | None = None) -> Recipe:
             f"`recipe` must be lines of `field: value`, got {type(entries).__name__} in {name_or_file!r}. "
             "Look at the recipes that come with the package."
         )
-    return build_recipe({**entries, **(overrides or {})})
+    return entries
 
 
 def build_recipe(entries: dict) -> Recipe:
@@ -260,10 +303,20 @@ def _value(entry):
 
 
 def recipe_from_arguments(arguments: argparse.Namespace) -> Recipe:
-    """The recipe that `--recipe` names, with the fields given on the command line."""
+    """The recipe that `--recipe` names, with the fields given on the command line.
+
+    Folders of `--data` are the mixture, and nothing is made. A recipe whose sub-batches are of sources that are there
+    keeps them; any other lends its remaining fields to a run named `run`.
+
+    Raises:
+        ValueError: as `load_recipe`, and for folders without shards.
+    """
     fields = {entry.name for entry in dataclasses.fields(Recipe)}
     given = {name: value for name, value in vars(arguments).items() if name in fields}
-    if "data" in given:
-        # Folders given by hand are the mixture: nothing is made, and the recipe's name and sub-batches do not fit.
-        given = {"make_data": "none", "batch_sizes": {}, "name": "run", **given}
-    return load_recipe(arguments.recipe, given)
+    if "data" not in given:
+        return load_recipe(arguments.recipe, given)
+    recipe = load_recipe(arguments.recipe, {"make_data": "none", **given})
+    there = {Path(folder).name for data in recipe.data for folder in find_sources(data)}
+    if recipe.batch_sizes and set(recipe.batch_sizes) <= there:
+        return recipe
+    return load_recipe(arguments.recipe, {"make_data": "none", "batch_sizes": {}, "name": "run", **given})
