@@ -5,6 +5,7 @@ machinery only.
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -36,6 +37,8 @@ from msgfm_hf.train.checkpoint import CheckpointError, find_checkpoints
 from msgfm_hf.train.pictures import display_bands, draw_losses, draw_reconstruction, read_metrics
 from msgfm_hf.train.pretrain import Mixture, main, make_missing_data, pretrain
 from msgfm_hf.train.recipe import build_recipe
+from test_majortom import optical, radar
+from test_majortom import write as write_core
 
 SIZE = 24
 STEPS = 60
@@ -820,7 +823,89 @@ def test_pictures_over_time_show_the_same_crops(whole):
     assert changed[int(0.08 * width) : int(0.45 * width)].max() < 0.05 < changed[int(0.6 * width) :].max()
 
 
+# Streams
+
+
+@pytest.fixture(scope="module")
+def core(tmp_path_factory):
+    """Nine cells of Major-TOM Core, Sentinel-2 and -1."""
+    folder = tmp_path_factory.mktemp("core")
+    return {
+        "s2": write_core(folder / "Core-S2L2A", [optical(number) for number in range(9)]),
+        "s1": write_core(folder / "Core-S1RTC", [radar(number) for number in range(9)]),
+    }
+
+
+def streaming(core, out, **changes):
+    stream = {"paths": core, "num_rows": 36, "tile_size": 54, "block_cells": 2, "val_share": 0.0}
+    fields = {"data": [], "streams": {"majortom": stream}, "batch_sizes": {}, "max_steps": 8, "save_steps": 4}
+    return build_recipe(PLAN | {"output_dir": str(out), "log_samples": True, "max_bad": 200} | fields | changes)
+
+
+def keys_of(out):
+    lines = (out / "samples" / "rank-00000.jsonl").read_text().splitlines()
+    return [line["keys"] for line in map(json.loads, lines)]
+
+
+def test_a_stream_trains_beside_shards_and_goes_on_exactly(core, alone, tmp_path, monkeypatch):
+    changes = {"data": [str(alone)], "batch_sizes": {"aerial": 2, "majortom": 5}}
+    run(streaming(core, tmp_path / "whole", **changes))
+    recipe = streaming(core, tmp_path / "run", **changes)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)
+        run(recipe)
+    # The state of the stream is small and in the checkpoint.
+    state = json.loads((find_checkpoints(tmp_path / "run")[0].path / "state.json").read_text())
+    assert len(json.dumps(state["streams"]["majortom"])) < 10_000
+    run(recipe, resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole", 8)
+    assert keys_of(tmp_path / "run") == keys_of(tmp_path / "whole")
+    # 40 rows are a pass over the 36 tiles and a little more.
+    drawn = [key for keys in keys_of(tmp_path / "run") for key in keys["majortom"]]
+    assert len(set(drawn[:36])) == 36 and set(drawn[36:]) <= set(drawn[:36])
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"dataloader_num_workers": 2}, "`dataloader_num_workers` must be 0 with `streams`"),
+        ({"streams": {}}, "`data` must name at least one folder of shards"),
+        (
+            {"streams": {"majortom": {"paths": {}}}},
+            "`streams` must give 'majortom' `paths` and `num_rows`, .*got paths",
+        ),
+        (
+            {"streams": {"m": {"paths": {}, "num_rows": 4, "tiles": 3}}},
+            "`streams` must give 'm' .*tile_size.*, got .*tiles",
+        ),
+        ({"batch_sizes": {"other": 2}}, r"`batch_sizes` must name sources of `data` \(majortom\), got 'other'"),
+    ],
+)
+def test_a_stream_that_makes_no_sense_is_refused(core, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        pretrain(streaming(core, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stream_has_a_name_of_its_own(core, alone, tmp_path):
+    recipe = streaming(core, tmp_path / "run", data=[str(alone)])
+    recipe = dataclasses.replace(recipe, streams={"aerial": recipe.streams["majortom"]})
+    with pytest.raises(ValueError, match="`streams` must have names of their own, got 'aerial'"):
+        pretrain(recipe)
+
+
 # Mixtures
+
+
+def test_a_run_may_read_some_sensors_alone(data, tmp_path):
+    mixture = Mixture(plan(data, tmp_path, sensors=["s1"], batch_sizes={}))
+    assert [(source.name, source.sensors) for source in mixture.sources] == [("pairs", ["s1"])]
+    assert [(source.name, source.sensors) for source in mixture.validation] == [("pairs", ["s1"])]
+    mixture = Mixture(plan(data, tmp_path, sensors=["s2", "rgb"]))
+    assert [(source.name, source.sensors) for source in mixture.sources] == [("aerial", ["rgb"]), ("pairs", ["s2"])]
+    assert mixture.batch_sizes == [4, 2]
+    with pytest.raises(ValueError, match=r"`sensors` must be among those of the sources \(rgb, s1, s2\), got 'dsm'"):
+        Mixture(plan(data, tmp_path, sensors=["dsm"]))
 
 
 def test_a_run_without_a_validation_split(alone, tmp_path):

@@ -9,6 +9,7 @@ So a run that resumes goes on exactly as if it had never stopped, with another n
 import argparse
 import contextlib
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -33,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from msgfm_hf import __version__
 from msgfm_hf.data.batch import PreTrainingBatches, collate, count_loss_pixels
+from msgfm_hf.data.majortom import MajorTomSource
 from msgfm_hf.data.mixture import MixtureDataset, MixtureSampler, SourceOrder, steps_per_epoch
 from msgfm_hf.data.shards import ShardSource, find_sources, shard_splits
 from msgfm_hf.model.image_processing_msgfm import MsGFMImageProcessor
@@ -118,30 +120,39 @@ class Mixture:
                     f"`data` must hold each source once, got {name!r} as {folders[name]} and {folder}. Leave one out."
                 )
             folders[name] = folder
-        unknown = sorted(set(recipe.batch_sizes) - set(folders))
+        shared = sorted(set(recipe.streams) & set(folders))
+        if shared:
+            raise ValueError(
+                f"`streams` must have names of their own, got {shared[0]!r}, which is in `data` too. Rename it."
+            )
+        there = [*folders, *recipe.streams]
+        unknown = sorted(set(recipe.batch_sizes) - set(there))
         if unknown:
             raise ValueError(
-                f"`batch_sizes` must name sources of `data` ({', '.join(folders)}), got {unknown[0]!r}. "
-                "Correct the name."
+                f"`batch_sizes` must name sources of `data` ({', '.join(there)}), got {unknown[0]!r}. Correct the name."
             )
         # Folders with another split alone are there for tests.
-        chosen = recipe.batch_sizes or [name for name, folder in folders.items() if "train" in shard_splits(folder)]
+        training = [name for name, folder in folders.items() if "train" in shard_splits(folder)]
+        chosen = list(recipe.batch_sizes or [*training, *recipe.streams])
         if not chosen:
             raise ValueError(
                 f"`data` must hold a training split, got {', '.join(folders)} without one. Look with `msgfm inspect`."
             )
-        self.sources = _with_sensors([ShardSource(folders[name], "train") for name in chosen], recipe.sensors)
-        for source in self.sources:
+        shards = [ShardSource(folders[name], "train") for name in chosen if name in folders]
+        for source in shards:
             if source.name != Path(source.path).name:
                 raise ValueError(
                     f"`data` must hold sources in folders of their own name, got {source.name!r} in {source.path}. "
                     "Rename the folder."
                 )
+        self.shards = _with_sensors(shards, recipe.sensors)
+        self.streams = [_stream(name, recipe.streams[name], recipe.seed) for name in chosen if name in recipe.streams]
+        self.sources = [*self.shards, *self.streams]
         self.batch_sizes = [recipe.batch_sizes.get(source.name, _DEFAULT_BATCH_SIZE) for source in self.sources]
         self.weights = source_weights(self.batch_sizes, [source.sensors for source in self.sources])
         self.validation = [
             ShardSource(source.path, "val", source.sensors)
-            for source in self.sources
+            for source in self.shards
             if "val" in shard_splits(source.path)
         ]
 
@@ -151,7 +162,7 @@ class Mixture:
 
     def fingerprint(self) -> dict:
         """What a resumed run must find again."""
-        return {
+        shards = {
             source.name: {
                 "rows": len(source),
                 # How they are grouped decides the order in which they come.
@@ -161,8 +172,28 @@ class Mixture:
                 "dtypes": source.dtypes,
                 "levels": source.levels,
             }
-            for source in self.sources
+            for source in self.shards
         }
+        return shards | {stream.name: stream.fingerprint() for stream in self.streams}
+
+    def orders(self, seed: int) -> list:
+        """What `MixtureDataset` wants beside the sources."""
+        orders = [SourceOrder(source.row_groups, source.name, seed) for source in self.shards]
+        return [*orders, *(stream.order() for stream in self.streams)]
+
+
+def _stream(name: str, options: dict, seed: int) -> MajorTomSource:
+    known = [
+        option for option in inspect.signature(MajorTomSource).parameters if option not in ("split", "name", "seed")
+    ]
+    missing = sorted({"paths", "num_rows"} - set(options))
+    unknown = sorted(set(options) - set(known))
+    if missing or unknown:
+        raise ValueError(
+            f"`streams` must give {name!r} `paths` and `num_rows`, and may give {', '.join(known[2:])}, got "
+            f"{', '.join(options) or 'nothing'}. Correct the recipe."
+        )
+    return MajorTomSource(**options, name=name, seed=seed)
 
 
 def _with_sensors(sources: list[ShardSource], sensors: list[str]) -> list[ShardSource]:
@@ -287,6 +318,9 @@ class _Run:
         self.first_crops = None
         loaded = load_checkpoint(self.run_dir, self.model, self.made_by) if resume else None
         if loaded is not None:
+            places = loaded[0].pop("streams")
+            for stream in mixture.streams:
+                stream.load_state_dict(places[stream.name])
             for name, value in loaded[0].items():
                 setattr(self, name, value)
         left = math.ceil(max(self.planned["turns"] - self.turn, 0) / self.turns_per_step)
@@ -300,6 +334,7 @@ class _Run:
         self.statistics = {
             source.name: training_statistics(source, self.processor, self.config.image_size)
             for source in mixture.sources
+            if source.name in {validated.name for validated in mixture.validation}
         }
         self.model.train()
         self._restart_clock()
@@ -443,9 +478,10 @@ class _Run:
 
     def _loader(self) -> DataLoader:
         recipe, mixture = self.recipe, self.mixture
-        orders = [SourceOrder(source.row_groups, source.name, recipe.seed) for source in mixture.sources]
         return DataLoader(
-            MixtureDataset(mixture.sources, orders, self.config.image_size, recipe.seed, recipe.max_bad),
+            MixtureDataset(
+                mixture.sources, mixture.orders(recipe.seed), self.config.image_size, recipe.seed, recipe.max_bad
+            ),
             batch_sampler=MixtureSampler(
                 mixture.batch_sizes,
                 self.turn + (self.max_steps - self.step) * self.turns_per_step,
@@ -726,6 +762,8 @@ class _Run:
         weights, optimizer_state = full_weights(self.model), full_optimizer_state(self.model, self.optimizer)
         if self.accelerator.is_main_process:
             state = {name: getattr(self, name) for name in _STATE}
+            # The main process reads the lowest positions, so its place serves all.
+            state["streams"] = {stream.name: stream.state_dict() for stream in self.mixture.streams}
             # Without an evaluation so far, the newest model is the best.
             if self.best is None:
                 save_model(self.run_dir, self.model, self.processor, weights)

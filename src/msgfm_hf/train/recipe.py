@@ -58,6 +58,11 @@ class Recipe:
     model: dict = _option({}, "fields of MsGFMConfig that differ from the size, as YAML: '{num_experts: 8}'")
     make_data: str = _option("none", "make the shards in `data` where they are missing: synthetic, sample or none")
     data: list[str] = _option([], "folders of shards: a source, or a folder of sources")
+    streams: dict[str, dict] = _option(
+        {},
+        "sources that stream from Major-TOM Core, as YAML: "
+        "'{majortom: {paths: {s2: Major-TOM/Core-S2L2A, s1: Major-TOM/Core-S1RTC}, num_rows: 100000}}'",
+    )
     sensors: list[str] = _option([], "read these sensors alone, where a source has them: '[s1, dsm]'; empty: all")
     batch_sizes: dict[str, int] = _option(
         {}, "samples per batch and process of each source: '{naip: 16}'; empty: 16 each"
@@ -152,7 +157,12 @@ class Recipe:
         for name in self.model:
             near = difflib.get_close_matches(name, fields, n=1)
             need(name in fields, "model", f"name fields of MsGFMConfig{f' (`{near[0]}`?)' if near else ''}")
-        need(self.data, "data", "name at least one folder of shards")
+        need(self.data or self.streams, "data", "name at least one folder of shards")
+        need(
+            not (self.streams and self.dataloader_num_workers),
+            "dataloader_num_workers",
+            "be 0 with `streams`, which this process reads itself",
+        )
 
     @property
     def run_dir(self) -> Path:
