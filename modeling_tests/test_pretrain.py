@@ -764,10 +764,15 @@ def test_a_damaged_newest_checkpoint_is_passed_over(alone, tmp_path, caplog):
     assert_same_run(tmp_path / "run", tmp_path / "whole", 8)
 
 
-def test_trackers_are_told_what_the_metrics_say(alone, tmp_path):
+def test_trackers_are_told_what_the_metrics_say(alone, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run(quick(alone, tmp_path / "run", report_to=["tensorboard"]))
+    recipe = quick(alone, tmp_path / "run", report_to=["tensorboard"])
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)
+        run(recipe)
+    shutil.rmtree(find_checkpoints(tmp_path / "run")[0].path)
+    run(recipe, resume=True)  # from step 4: what was told of steps 5 and 6 is told again
     events = EventAccumulator(str(tmp_path / "run" / "logs"))
     events.Reload()
     lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]

@@ -235,11 +235,11 @@ def test_shards_and_replicas_go_on_with_each_others_checkpoints(ranks, data, und
 
 
 def test_chance_capacity_experts_and_evaluation_agree_between_ranks(ranks, tmp_path):
-    """The paper's settings: noise, an auxiliary loss, limited room. The ranks stay equal and resume exactly."""
+    """The paper's settings: noise, an auxiliary loss, limited room; in bf16. The ranks stay equal and go on exactly."""
     write_aerial(tmp_path / "data", train=9, val=2)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     changes = {"calm": False, "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "max_steps": 6}
-    changes |= {"batch_sizes": {"aerial": 2}, "eval_steps": 3}
+    changes |= {"batch_sizes": {"aerial": 2}, "eval_steps": 3, "mixed_precision": "bf16"}
     results = pretrain(ranks, tmp_path / "data", whole, **changes)
     assert results[0]["weights"] == results[1]["weights"], results[0]["said"]
     pretrain(ranks, tmp_path / "data", cut, die=(0, "step", 6), **changes)
@@ -281,6 +281,13 @@ def test_damage_that_one_rank_meets_is_known_to_all(ranks, tmp_path):
     results = pretrain(ranks, folder, tmp_path / "strict", batch_sizes={"aerial": 1}, max_steps=8, max_bad=0)
     for result in results:
         assert result["code"] == 1 and "`max_bad` allows 0 damaged rows, got 1" in result["said"]
+
+
+def test_a_rehearsal_of_two_processes_is_told_once(ranks, data, tmp_path):
+    first, second = pretrain(ranks, data, tmp_path / "run", "--dry-run")
+    assert (first["code"], second["code"]) == (0, 0), first["said"]
+    assert "one batch per 2 processes per step" in first["said"] and "device-hours on 2 x cpu" in first["said"]
+    assert "device-hours" not in second["said"] and not (tmp_path / "run").exists()
 
 
 def test_shards_need_two_processes():

@@ -140,7 +140,7 @@ def count_loss_pixels(inputs: dict, patch_size: int) -> torch.Tensor:
         patch_size: of the model.
 
     Returns:
-        (slices,), float64: sums over processes stay exact.
+        (slices,), float64 on the CPU: sums over processes stay exact.
     """
     counts = []
     for pixels, masks, valids, targets in zip(
@@ -149,7 +149,7 @@ def count_loss_pixels(inputs: dict, patch_size: int) -> torch.Tensor:
         for sensor, values in pixels.items():
             counted = loss_pixels(masks[sensor], valids[targets[sensor]], *values.shape[2:], patch_size)
             counts.append(counted.sum())
-    return torch.stack(counts).double()
+    return torch.stack(counts).cpu().double()
 
 
 class PreTrainingBatches:

@@ -24,7 +24,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -441,7 +441,7 @@ class _Run:
                 "logs",
                 config={name: str(value) for name, value in self.made_by["recipe"].items()},
                 # What a killed run told after its last checkpoint does not stay.
-                init_kwargs={"tensorboard": {"purge_step": self.step}},
+                init_kwargs={"tensorboard": {"purge_step": self.step + 1}},
             )
         sensor = next(iter(self.config.inputs))
         counts = count_parameters(self.model, inputs=[sensor], targets=[sensor])
@@ -543,8 +543,6 @@ class _Run:
 
     def _any(self, asked: bool) -> bool:
         """Whether any process was asked: a signal may reach one alone."""
-        if self.accelerator.num_processes == 1:
-            return asked
         return total(self.accelerator, torch.tensor(float(asked))).item() > 0
 
     def _agree(self, step_batches: list[dict], batches: PreTrainingBatches):
@@ -558,9 +556,9 @@ class _Run:
         lost = any(not batch["sources"] for batch in step_batches)
         device = self.accelerator.device
         inputs = [] if lost else [batches(batch, self.step, device) for batch in step_batches]
-        flags = torch.tensor([lost, len(damage)], dtype=torch.float64, device=device)
+        flags = torch.tensor([lost, len(damage)], dtype=torch.float64)
         slices = sum(len(source.sensors) for source in self.mixture.sources)
-        counts = torch.zeros(slices, dtype=torch.float64, device=device)
+        counts = torch.zeros(slices, dtype=torch.float64)
         if self.turns_per_step > 1:
             for given in inputs:
                 counts += count_loss_pixels(given, self.config.patch_size)
@@ -568,7 +566,7 @@ class _Run:
         lost, damaged = flags.tolist()
         if damaged:
             self._note_damage(gathered(self.accelerator, damage), bool(lost))
-        counts = iter((counts / self.turns_per_step).float())
+        counts = iter((counts / self.turns_per_step).to(device, torch.float32))
         nested = [{sensor: next(counts) for sensor in source.sensors} for source in self.mixture.sources]
         return nested if self.turns_per_step > 1 else None, inputs
 
@@ -592,8 +590,8 @@ class _Run:
                 (outputs.loss / len(inputs)).backward()
             all_outputs.append(outputs)
         gradient_norm = clip_gradients(self.model, recipe.max_grad_norm)
-        loss = torch.stack([outputs.loss.detach() for outputs in all_outputs]).double().sum()
-        loss = (total(self.accelerator, loss) if world > 1 else loss).item() / self.turns_per_step
+        loss = torch.stack([outputs.loss.detach() for outputs in all_outputs]).cpu().double().sum()
+        loss = total(self.accelerator, loss).item() / self.turns_per_step
         reason = self._unusual(loss, gradient_norm)
         if reason is not None:
             self._leave_out(reason, step_batches)
@@ -923,7 +921,7 @@ def _mean_over_processes(accelerator: Accelerator, line: dict) -> dict:
     known = [tensor for tensor in tensors if tensor is not None]
     if accelerator.num_processes > 1:
         joined = total(accelerator, torch.cat([tensor.flatten() for tensor in known])) / accelerator.num_processes
-        parts = joined.cpu().split([tensor.numel() for tensor in known])
+        parts = joined.split([tensor.numel() for tensor in known])
         known = [part.view(tensor.shape) for part, tensor in zip(parts, known, strict=True)]
     means = iter(known)
     return tree_unflatten([None if tensor is None else next(means).tolist() for tensor in tensors], structure)
@@ -972,7 +970,9 @@ def main(argv: list[str] | None = None):
     try:
         recipe = recipe_from_arguments(arguments)
         if arguments.dry_run:
-            print(dry_run(recipe))
+            said = dry_run(recipe)
+            if PartialState().is_main_process:
+                print(said)
         else:
             pretrain(recipe, resume=arguments.resume)
     except (ValueError, RuntimeError, OSError, ImportError) as error:

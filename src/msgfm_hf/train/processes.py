@@ -87,7 +87,9 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sta
 
 def total(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
     """The sum over processes."""
-    return accelerator.reduce(values.to(accelerator.device), reduction="sum")
+    if accelerator.num_processes == 1:
+        return values
+    return accelerator.reduce(values.to(accelerator.device), reduction="sum").cpu()
 
 
 def gathered(accelerator: Accelerator, members: list) -> list:
