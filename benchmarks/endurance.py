@@ -254,7 +254,7 @@ def main():
             assert trouble is not None, life_log.read_text()[-3000:]
             # A process that lost its partner says so too.
             message = [line for line in life_log.read_text().splitlines() if "pretrain.py: " in line]
-            message = next((line for line in message if "closed by peer" not in line), message[-1])
+            message = next((line for line in message if "by peer" not in line), message[-1])
             print(f"  life {lives}, {trouble}: {message[message.index('pretrain.py: ') :][:160]}", flush=True)
         elif codes == [0, 0]:
             happened["finished early"] += 1

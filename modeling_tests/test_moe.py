@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import scipy.stats
 import torch
 
 import tiny_models
@@ -253,6 +254,8 @@ def test_routing_statistics_per_sensor_equal_a_loop(moe_blocks):
             total = sum(counts)
             torch.testing.assert_close(values["histogram"][block], torch.tensor([n / total for n in counts[:4]]))
             torch.testing.assert_close(values["load"][block], probabilities / len(mine))
+            entropies = scipy.stats.entropy(torch.stack(mine).softmax(-1).numpy(), base=2, axis=1)
+            assert values["entropy"][block].item() == pytest.approx(entropies.mean(), rel=1e-5)
             assert values["dropped"][block].item() == pytest.approx(counts[4] / total)
             assert values["histogram"][block].sum().item() + values["dropped"][block].item() == pytest.approx(1)
             second = torch.stack([row.sort(descending=True).values[1] for row in mine])

@@ -677,8 +677,10 @@ def routing_statistics(output: MsGFMForPreTrainingOutput, config: MsGFMConfig) -
 
     Returns:
         {sensor: {"histogram": (blocks, E) share of the sensor's choices that chose each expert, dropped ones not
-        counted; "load": (blocks, E) mean router probability; "dropped": (blocks,) share of choices without room;
-        "aux_loss": (blocks,) the auxiliary loss of this sensor's tokens alone, without noise}}. Empty without experts.
+        counted; "load": (blocks, E) mean router probability; "entropy": (blocks,) mean over tokens of the entropy of
+        their router probabilities, in bits: log2 E where the router does not care, 0 where it is sure; "dropped":
+        (blocks,) share of choices without room; "aux_loss": (blocks,) the auxiliary loss of this sensor's tokens
+        alone, without noise}}. Empty without experts.
 
     Raises:
         ValueError: if the output has no router logits.
@@ -695,13 +697,15 @@ def routing_statistics(output: MsGFMForPreTrainingOutput, config: MsGFMConfig) -
     owner = owner.repeat_interleave(torch.tensor([count for _, _, count in output.slices], device=device))
     statistics = {}
     for number, sensor in enumerate(sensors):
-        blocks = {"histogram": [], "load": [], "dropped": [], "aux_loss": []}
+        blocks = {"histogram": [], "load": [], "entropy": [], "dropped": [], "aux_loss": []}
         for logits, selected in zip(output.router_logits, output.selected_experts, strict=True):
             mine = owner.repeat_interleave(len(selected) // len(owner)) == number
             logits, selected = logits[mine].detach(), selected[mine]
             counts = torch.bincount(selected.flatten(), minlength=config.num_experts + 1).float() / selected.numel()
             blocks["histogram"].append(counts[: config.num_experts])
-            blocks["load"].append(logits.softmax(-1).mean(0))
+            probabilities = logits.float().softmax(-1)
+            blocks["load"].append(probabilities.mean(0))
+            blocks["entropy"].append(torch.special.entr(probabilities).sum(-1).mean() / math.log(2))
             blocks["dropped"].append(counts[config.num_experts])
             blocks["aux_loss"].append(router_aux_loss(config, logits, logits))
         statistics[sensor] = {name: torch.stack(values) for name, values in blocks.items()}

@@ -461,7 +461,7 @@ class _Run:
 
     def _write_record(self):
         """`run.json`: what made the run, and under `resumed` what went on with it from which step."""
-        record, path = self.made_by, self.run_dir / "run.json"
+        record, path = self.made_by | {"max_steps": self.max_steps}, self.run_dir / "run.json"
         if self.step and path.is_file():
             record = json.loads(path.read_text())
             if self.finished:
@@ -473,7 +473,8 @@ class _Run:
                 if record[name] != self.made_by[name]:
                     print(f"`{name}` of this run was {record[name]} and is {self.made_by[name]} now: {result}.")
             again = {name: self.made_by[name] for name in ("versions", "commit", "command", "threads", "world_size")}
-            record["resumed"] = [*record.get("resumed", []), {"step": self.step, **again}]
+            leg = {"step": self.step, "max_steps": self.max_steps, **again}
+            record["resumed"] = [*record.get("resumed", []), leg]
         write_text(path, json.dumps(record, indent=2))
 
     def _loader(self) -> DataLoader:
