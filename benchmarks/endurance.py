@@ -3,10 +3,10 @@
     MSGFM_SAMPLE_DATA=FOLDER OMP_NUM_THREADS=1 python benchmarks/endurance.py --kills 100
 
 First a run that nothing disturbs, over two processes. Then the same run in many lives, each ended by `kill -9` of one
-process or both at a random moment. Now and then a life finds a shard with flipped bytes, or without it, or the newest
-checkpoint damaged, and one life finds the disk full; what was wrong with the data is put right for the next. At the end
-it compares: the sample logs (each row once per pass, nothing lost or repeated), the weights and AdamW's moments (bit by
-bit), and the metrics of every step.
+process or both at a random moment; when it is over before its time, another such run begins. Now and then a life finds a
+shard with flipped bytes, or without it, or the newest checkpoint damaged, and one life finds the disk full; what was
+wrong with the data is put right for the next. At the end of each run it compares: the sample logs (each row once per
+pass, nothing lost or repeated), the weights and AdamW's moments (bit by bit), and the metrics of every step.
 
 It prints what happened and exits with 1 if anything differs. Takes about half an hour on two cores.
 """
@@ -217,12 +217,14 @@ def main():
     assert codes == [0, 0], (folder / "whole.log").read_text()[-3000:]
     print(f"undisturbed: {arguments.steps} steps over {WORLD} processes in {alone:.0f} s", flush=True)
 
-    recipe, run = plan("run")
-    log = folder / "run.log"
+    rounds = 1
+    recipe, run = plan(f"run-{rounds}")
+    log = folder / "life.log"
+    wrong = []
     happened: collections.Counter = collections.Counter()
     backup = folder / "backup"
     shutil.copytree(data, backup)
-    reached, lives = [], 0
+    lives = 0
     began = time.monotonic()
     # A life starts with what is set up before the first step; a cut is spread over that and the steps of a few saves.
     span = 3.0 + alone * 4 * arguments.save_steps / arguments.steps
@@ -244,37 +246,34 @@ def main():
             room_left = 20_000
         victims = chance.choice([[0], [1], [0, 1]])
         seconds = chance.uniform(0.05, span)
-        # What is said must fit on the full disk, so it begins a file of its own.
-        life_log = log if room_left is None else folder / "full.log"
-        codes, cut = wait(fork_run(recipe, life_log, room_left), seconds if room_left is None else None, victims)
+        log.unlink(missing_ok=True)
+        codes, cut = wait(fork_run(recipe, log, room_left), seconds if room_left is None else None, victims)
         if cut:
             happened["killed"] += 1
         elif 1 in codes:
             happened[f"refused with a message: {trouble}"] += 1
-            assert trouble is not None, life_log.read_text()[-3000:]
+            assert trouble is not None, log.read_text()[-3000:]
             # A process that lost its partner says so too.
-            message = [line for line in life_log.read_text().splitlines() if "pretrain.py: " in line]
+            message = [line for line in log.read_text().splitlines() if "pretrain.py: " in line]
             message = next((line for line in message if "by peer" not in line), message[-1])
             print(f"  life {lives}, {trouble}: {message[message.index('pretrain.py: ') :][:160]}", flush=True)
         elif codes == [0, 0]:
-            happened["finished early"] += 1
+            print(f"run {rounds} is over in life {lives}, after {happened['killed']} kills", flush=True)
+            wrong += compare(run, whole, data, arguments.steps)
+            rounds += 1
+            recipe, run = plan(f"run-{rounds}")
         else:
             happened[f"exit codes {codes}"] += 1
         if trouble in ("damaged shard", "removed shard"):
             shutil.copy(backup / shard.relative_to(data), shard)
         if trouble:
             happened[trouble] += 1
-        checkpoints = find_checkpoints(run)
-        reached.append(checkpoints[0].step if checkpoints else 0)
-        if reached[-1] == arguments.steps and happened["killed"] < arguments.kills:
-            # There is nothing left to disturb: take the last checkpoints away, and go on from an older one.
-            for checkpoint in checkpoints[:-1]:
-                shutil.rmtree(checkpoint.path)
         if lives % 10 == 0:
-            print(f"  life {lives}: {happened['killed']} kills, step {reached[-1]}", flush=True)
+            step = max((checkpoint.step for checkpoint in find_checkpoints(run)), default=0)
+            print(f"  life {lives}: {happened['killed']} kills, run {rounds} at step {step}", flush=True)
     codes, _ = wait(fork_run(recipe, log), None, [])
-    print(f"disturbed: {lives} lives in {time.monotonic() - began:.0f} s; {dict(happened)}; last life {codes}")
-    wrong = compare(run, whole, data, arguments.steps) if codes == [0, 0] else [f"the last life ended with {codes}"]
+    print(f"disturbed: {rounds} runs in {lives + 1} lives and {time.monotonic() - began:.0f} s; {dict(happened)}")
+    wrong += compare(run, whole, data, arguments.steps) if codes == [0, 0] else [f"the last life ended with {codes}"]
     print("\n".join(wrong) or "weights, moments, metrics and samples are those of the undisturbed run, bit by bit")
     if scratch is not None:
         scratch.cleanup()
