@@ -3,8 +3,8 @@
     MSGFM_SAMPLE_DATA=FOLDER OMP_NUM_THREADS=1 python benchmarks/endurance.py --kills 100
 
 First a run that nothing disturbs, over two processes. Then the same run in many lives, each ended by `kill -9` of one
-process or both at a random moment; when it is over before its time, another such run begins. Now and then a life finds a
-shard with flipped bytes, or without it, or the newest checkpoint damaged, and one life finds the disk full; what was
+process or both at a random moment; when it is over before its time, another such run begins. Now and then a life finds
+a shard with flipped bytes, or without it, or the newest checkpoint damaged, and one life finds the disk full; what was
 wrong with the data is put right for the next. At the end of each run it compares: the sample logs (each row once per
 pass, nothing lost or repeated), the weights and AdamW's moments (bit by bit), and the metrics of every step.
 

@@ -1,17 +1,165 @@
 """Georeferenced images: the pixels of a GeoTIFF, with its place on the map, as a `ShardImage`."""
 
+import dataclasses
 import functools
+import importlib
 import math
-from pathlib import Path
+import warnings
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from msgfm_hf.data.shards import ShardImage
-from msgfm_hf.model.image_processing_msgfm import GeoTiff, read_geotiff
+from msgfm_hf.model.image_processing_msgfm import read_geotiff
 from msgfm_hf.model.sensors import get_sensor
 
 # Mean length of a degree of latitude, for images in geographic coordinates.
 _METRES_PER_DEGREE = 111_195.0
+_COLOURS = ("red", "green", "blue")
+# Corners of one grid may differ by this part of a pixel: what is lost where a transform is written as text.
+_GRID_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a georeferenced file says about itself; reading it costs no pixel.
+
+    Attributes:
+        path (`str`): the file.
+        shape (`tuple[int, int]`): height and width in pixels.
+        dtype (`str`): numpy name of the stored dtype.
+        bands (`list[str]`): names of the bands without the alpha band, `""` where one has none: the description, else
+            the common name in the metadata, else red, green or blue where the file is coloured so.
+        alpha (`int`, *optional*): position of the alpha band among all bands of the file. A band that is marked as
+            alpha but has another name is none: near infrared is often stored so.
+        masked (`bool`): whether an alpha band or a mask says which pixels are valid.
+        nodata (`float`, *optional*): stored value that marks an invalid pixel.
+        scales, offsets (`list[float]`, *optional*): per band, where the file says: physical = stored * scale + offset.
+        crs (`rasterio.crs.CRS`, *optional*): coordinate system; `None` where the file has no place on the map.
+        transform (`affine.Affine`, *optional*): from pixels to coordinates; `None` with `crs`.
+    """
+
+    path: str
+    shape: tuple[int, int]
+    dtype: str
+    bands: list[str]
+    alpha: int | None
+    masked: bool
+    nodata: float | None
+    scales: list[float] | None
+    offsets: list[float] | None
+    crs: Any
+    transform: Any
+
+    @property
+    def positions(self) -> list[int]:
+        """Where `bands` are among all bands of the file."""
+        return [position for position in range(len(self.bands) + (self.alpha is not None)) if position != self.alpha]
+
+    def named(self, names: list[str] | tuple[str, ...]) -> "Header":
+        """The same with names of the caller: of `bands`, or of all bands of the file, and then none is alpha.
+
+        Raises:
+            ValueError: for another number of names.
+        """
+        if len(names) == len(self.bands):
+            return dataclasses.replace(self, bands=list(names))
+        if self.alpha is not None and len(names) == len(self.bands) + 1:
+            return dataclasses.replace(self, bands=list(names), alpha=None, masked=False)
+        raise ValueError(
+            f"`names` must name the {len(self.bands)} bands of {self.path}, got {', '.join(names)}. "
+            "Give them in file order."
+        )
+
+    @property
+    def gsd(self) -> float | None:
+        """Ground sampling distance in metres: the side of a square as large as a pixel."""
+        if self.crs is None:
+            return None
+        metres = _METRES_PER_DEGREE if self.crs.is_geographic else self.crs.linear_units_factor[1]
+        return math.sqrt(abs(self.transform.determinant)) * metres
+
+    @property
+    def bounds(self) -> tuple[float, float, float, float] | None:
+        """Left, bottom, right, top in the file's own coordinates."""
+        return None if self.crs is None else _bounds(self.transform.to_gdal(), self.shape)
+
+
+def read_header(path) -> Header:
+    """What a file says about itself, without its pixels.
+
+    Args:
+        path (`str` or `Path`): the file.
+
+    Raises:
+        ValueError: if GDAL cannot open the file.
+        ImportError: without rasterio.
+    """
+    enums = geo_module("rasterio.enums")
+    with open_geotiff(path) as file:
+        colours, flags = [colour.name for colour in file.colorinterp], file.mask_flag_enums[0]
+        names = []
+        for number in file.indexes:
+            tags = {name.lower(): text for name, text in file.tags(number).items()}
+            names.append(file.descriptions[number - 1] or tags.get("eo:common_name") or tags.get("common_name") or "")
+        alphas = [n for n, colour in enumerate(colours) if colour == "alpha" and names[n].lower() in ("", "alpha")]
+        alpha = alphas[0] if alphas else None
+        kept = [number for number in range(file.count) if number != alpha]
+        names = [names[number] for number in kept]
+        if not any(names):
+            names = [colours[number] if colours[number] in _COLOURS else "" for number in kept]
+        scales, offsets = [file.scales[n] for n in kept], [file.offsets[n] for n in kept]
+        scaled = any(scale != 1 for scale in scales) or any(offsets)
+        placed = file.crs is not None and not file.transform.is_identity
+        return Header(
+            path=str(path),
+            shape=(file.height, file.width),
+            dtype=file.dtypes[0],
+            bands=names,
+            alpha=alpha,
+            masked=enums.MaskFlags.per_dataset in flags and (alpha is not None or enums.MaskFlags.alpha not in flags),
+            nodata=file.nodata,
+            scales=scales if scaled else None,
+            offsets=offsets if scaled else None,
+            crs=file.crs if placed else None,
+            transform=file.transform if placed else None,
+        )
+
+
+def open_geotiff(path):
+    """The file as a `rasterio` dataset. That it has no place on the map is told by its header, not by a warning.
+
+    Raises:
+        ValueError: if GDAL cannot open the file.
+        ImportError: without rasterio.
+    """
+    rasterio, errors = geo_module("rasterio"), geo_module("rasterio.errors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", errors.NotGeoreferencedWarning)
+        try:
+            return rasterio.open(path)
+        except errors.RasterioIOError as error:
+            raise ValueError(
+                f"`path` must be a readable GeoTIFF, got {str(path)!r} ({error}). Fetch or write the file again."
+            ) from error
+
+
+def same_grid(one: Header, other: Header) -> bool:
+    """Whether the pixels of two files lie on one another: shape, coordinate system and corners within a hundredth of a
+    pixel. Of a file without a place on the map only the shape can be compared."""
+    if one.shape != other.shape:
+        return False
+    if one.crs is None or other.crs is None:
+        return True
+    height, width = one.shape
+    corners = [~one.transform @ (other.transform @ corner) for corner in ((0, 0), (width, 0), (0, height))]
+    apart = [
+        abs(a - b)
+        for found, at in zip(corners, ((0, 0), (width, 0), (0, height)), strict=True)
+        for a, b in zip(found, at, strict=True)
+    ]
+    return max(apart) <= _GRID_TOLERANCE and one.crs == other.crs
 
 
 def read_image(
@@ -47,111 +195,203 @@ def read_image(
             file's mask cannot be kept.
         ImportError: without rasterio.
     """
-    spec = get_sensor(sensor)
+    # Damage is found first, by the reader that every other input goes through.
     file = read_geotiff(path)
-    stored = names or file.bands
-    if not stored or len(stored) != len(file.pixels):
-        raise ValueError(
-            f"`names` must name the {len(file.pixels)} bands of {path}, got {stored}. "
-            f"Give them in file order; sensor {sensor!r} knows {', '.join(spec.band_names)}."
-        )
-    if bands is None:
-        resolved = [band.name for band in spec.select(stored)]
-        picked = list(range(len(stored)))
-    else:
-        positions = {}
-        for position, name in enumerate(stored):
-            if _knows(spec, name):
-                positions.setdefault(spec.resolve(name), position)
-        resolved = [band.name for band in spec.select(bands)]
-        missing = [band for band in resolved if band not in positions]
-        if missing:
-            raise ValueError(
-                f"`bands` must be in {path}, which has {', '.join(map(str, stored))}, got {', '.join(missing)}. "
-                "Leave them out, or give the names of the file's bands with `names=`."
-            )
-        picked = [positions[band] for band in resolved]
-    unit = unit or spec.default_unit
-    known = (spec.scale, spec.offset) if unit == "dn" else (1.0, 0.0)
-    if scale is None:
-        scale = known[0] if file.scale is None else file.scale
-    if offset_dn is None and scale is not None:
-        offset_dn = known[1] if file.offset is None else file.offset / scale
-    if scale is None or offset_dn is None:
-        raise ValueError(
-            f"`scale` and `offset_dn` of sensor {sensor!r} must be known for unit 'dn', got {scale} and {offset_dn} "
-            f"for {path}. For Sentinel-2 the offset is 0, or -1000 since processing baseline 04.00: see the metadata."
-        )
-    nodata = file.nodata if nodata is None else nodata
-    crs, transform, gsd = _georeference(path)
+    header = read_header(path)
+    if names:
+        header = header.named(names)
+    resolved, picked = resolve_bands(header, sensor, bands)
+    unit, scale, offset_dn = physical_factors(header, sensor, unit, scale, offset_dn)
+    pixels = file.pixels[header.positions][picked]
+    nodata = header.nodata if nodata is None else nodata
+    if header.masked:
+        pixels, nodata = write_mask(pixels, _read_mask(path), nodata, path)
     return ShardImage(
-        pixels=_masked(file, nodata, path)[picked],
+        pixels=pixels,
         bands=resolved,
         units=unit,
         scale=scale,
         offset=offset_dn * scale,
-        gsd=gsd,
-        crs=crs,
-        transform=transform,
+        gsd=header.gsd,
+        crs=None if header.crs is None else crs_name(header.crs),
+        transform=None if header.transform is None else list(header.transform.to_gdal()),
         nodata=nodata,
         datetime=datetime,
     )
+
+
+def resolve_bands(
+    header: Header, sensor: str, bands: list[str] | tuple[str, ...] | None = None
+) -> tuple[list[str], list[int]]:
+    """Which bands of a file are meant.
+
+    Args:
+        header (`Header`): of the file.
+        sensor, bands: as of `read_image`.
+
+    Returns:
+        Canonical names, and their positions among `header.bands`.
+
+    Raises:
+        ValueError: if the bands have no names, or not those asked for.
+    """
+    spec = get_sensor(sensor)
+    stored = header.bands
+    if not any(stored):
+        raise ValueError(
+            f"`names` must name the {len(stored)} bands of {header.path}, got None. "
+            f"Give them in file order; sensor {sensor!r} knows {', '.join(spec.band_names)}."
+        )
+    if bands is None:
+        return [band.name for band in spec.select(stored)], list(range(len(stored)))
+    positions: dict[str, int] = {}
+    for position, name in enumerate(stored):
+        if knows_band(sensor, name):
+            positions.setdefault(spec.resolve(name), position)
+    resolved = [band.name for band in spec.select(list(bands))]
+    missing = [band for band in resolved if band not in positions]
+    if missing:
+        raise ValueError(
+            f"`bands` must be in {header.path}, which has {', '.join(map(str, stored))}, got {', '.join(missing)}. "
+            "Leave them out, or give the names of the file's bands with `names=`."
+        )
+    return resolved, [positions[band] for band in resolved]
+
+
+def physical_factors(
+    header: Header,
+    sensor: str,
+    unit: str | None = None,
+    scale: float | None = None,
+    offset_dn: float | None = None,
+) -> tuple[str, float, float]:
+    """Unit, scale and offset of a file: those given, else those of the file, else those of the sensor.
+
+    Returns:
+        `unit`, `scale`, `offset_dn`: physical = (stored + offset_dn) * scale.
+
+    Raises:
+        ValueError: if scale or offset are not known, or differ between bands.
+    """
+    spec = get_sensor(sensor)
+    unit = unit or spec.default_unit
+    known = (spec.scale, spec.offset) if unit == "dn" else (1.0, 0.0)
+    if scale is None:
+        scale = known[0] if header.scales is None else _shared("scale", header.scales, header)
+    if offset_dn is None and scale is not None:
+        offset_dn = known[1] if header.offsets is None else _shared("offset", header.offsets, header) / scale
+    if scale is None or offset_dn is None:
+        raise ValueError(
+            f"`scale` and `offset_dn` of sensor {sensor!r} must be known for unit 'dn', got {scale} and {offset_dn} "
+            f"for {header.path}. For Sentinel-2 the offset is 0, or -1000 since processing baseline 04.00: see the "
+            "metadata; on the command line add offset=0 or offset=-1000 to the input."
+        )
+    return unit, scale, offset_dn
+
+
+def write_mask(pixels: np.ndarray, valid: np.ndarray, nodata: float | None, path) -> tuple[np.ndarray, float | None]:
+    """Write a validity mask into the pixels: a shard has no mask of its own.
+
+    Args:
+        pixels (`np.ndarray`): `(C, H, W)`, stored values.
+        valid (`np.ndarray`): bool `(H, W)`.
+        nodata (`float`, *optional*): the value to write. By default NaN; for integers, which have none, a value that no
+            valid pixel has: 0, the largest, the smallest, or the first that is free.
+        path: the file, for the error.
+
+    Returns:
+        Pixels with `nodata` where they are invalid, and `nodata`.
+
+    Raises:
+        ValueError: if valid pixels have all values of their dtype.
+    """
+    if valid.all():
+        return pixels, nodata
+    if nodata is None:
+        nodata = math.nan if pixels.dtype.kind == "f" else free_value(pixels[:, valid])
+    if nodata is None:
+        raise ValueError(
+            f"`nodata` must be given to keep the mask of {path}, got None, and its valid pixels have all values of "
+            f"{pixels.dtype.name}. Name the value that may be lost."
+        )
+    return np.where(valid, pixels, pixels.dtype.type(nodata)), nodata
+
+
+def free_value(values: np.ndarray) -> int | None:
+    """An integer of the values' dtype that is not among them: 0, the largest, the smallest, or the first that is free;
+    `None` if there is none from 0 up."""
+    limits, used = np.iinfo(values.dtype), set(np.unique(values).tolist())
+    candidates = (0, limits.max, limits.min, *range(1, min(len(used) + 1, limits.max)))
+    return next((number for number in candidates if number not in used), None)
 
 
 def wgs84_bounds(image: ShardImage) -> list[float] | None:
     """West, south, east, north of an image in degrees, or `None` where it has no place on the map."""
     if image.crs is None or image.transform is None:
         return None
-    warp = _rasterio("rasterio.warp")
-    height, width = image.pixels.shape[1:]
-    x, dx, row_rotation, y, column_rotation, dy = image.transform
-    xs = [x + dx * c + row_rotation * r for c in (0, width) for r in (0, height)]
-    ys = [y + column_rotation * c + dy * r for c in (0, width) for r in (0, height)]
-    return list(warp.transform_bounds(image.crs, "EPSG:4326", min(xs), min(ys), max(xs), max(ys)))
+    bounds = _bounds(image.transform, image.pixels.shape[1:])
+    return list(geo_module("rasterio.warp").transform_bounds(image.crs, "EPSG:4326", *bounds))
 
 
-def _georeference(path) -> tuple[str | None, list[float] | None, float | None]:
-    rasterio = _rasterio("rasterio")
-    with rasterio.open(Path(path)) as file:
-        crs, transform = file.crs, file.transform
-    if crs is None or transform.is_identity:
-        return None, None, None
-    metres = _METRES_PER_DEGREE if crs.is_geographic else crs.linear_units_factor[1]
-    return _crs_name(crs.wkt), list(transform.to_gdal()), math.sqrt(abs(transform.determinant)) * metres
+def header_bounds(header: Header) -> list[float] | None:
+    """West, south, east, north of a file in degrees, or `None` where it has no place on the map."""
+    if header.crs is None:
+        return None
+    return list(geo_module("rasterio.warp").transform_bounds(header.crs, "EPSG:4326", *header.bounds))
 
 
-@functools.lru_cache(maxsize=64)
-def _crs_name(wkt: str) -> str:
-    # The search for the authority's code takes longer than reading the pixels.
-    return _rasterio("rasterio.crs").CRS.from_wkt(wkt).to_string()
+def crs_name(crs) -> str:
+    """Authority code of a `rasterio.crs.CRS`, or its WKT where it has none."""
+    return _crs_name(crs.wkt)
 
 
-def _masked(file: GeoTiff, nodata: float | None, path) -> np.ndarray:
-    """The pixels, with the mask of the file, if it has one, written into them: a shard has no mask of its own."""
-    if file.mask is None or file.mask.all():
-        return file.pixels
-    if nodata is None and file.pixels.dtype.kind != "f":
-        raise ValueError(
-            f"`nodata` must be given to keep the mask of {path}, got None. "
-            f"Choose a value of {file.pixels.dtype.name} that no valid pixel has."
-        )
-    return np.where(file.mask, file.pixels, file.pixels.dtype.type(np.nan if nodata is None else nodata))
-
-
-def _knows(spec, name) -> bool:
+def knows_band(sensor: str, name: str) -> bool:
+    """Whether a name is that of a band of the sensor, or an alias of one."""
     try:
-        spec.resolve(name)
+        get_sensor(sensor).resolve(name)
     except ValueError:
         return False
     return True
 
 
-def _rasterio(module: str):
-    import importlib
+@functools.lru_cache(maxsize=64)
+def _crs_name(wkt: str) -> str:
+    # The search for the authority's code takes longer than reading the pixels.
+    return geo_module("rasterio.crs").CRS.from_wkt(wkt).to_string()
 
+
+def _bounds(transform, shape) -> tuple[float, float, float, float]:
+    x, dx, row_rotation, y, column_rotation, dy = transform
+    height, width = shape
+    xs = [x + dx * c + row_rotation * r for c in (0, width) for r in (0, height)]
+    ys = [y + column_rotation * c + dy * r for c in (0, width) for r in (0, height)]
+    return min(xs), min(ys), max(xs), max(ys)
+
+
+def _read_mask(path) -> np.ndarray:
+    with open_geotiff(path) as file:
+        return file.read_masks(1) != 0
+
+
+def _shared(name: str, values: list[float], header: Header) -> float:
+    if len(set(values)) > 1:
+        raise ValueError(
+            f"`{name}` must be one number for all bands of {header.path}, got {values}. "
+            "Write the bands in one scale, or make a source of each."
+        )
+    return values[0]
+
+
+def geo_module(module: str):
+    """A module of the extra `geo`.
+
+    Raises:
+        ImportError: naming the extra, where it is not installed.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f'`rasterio` is needed to place an image on the map, got "{error}". Run pip install "msgfm_hf[geo]".'
+            f'`{module.partition(".")[0]}` is needed to place an image on the map, got "{error}". '
+            'Run pip install "msgfm_hf[geo]".'
         ) from error

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from msgfm_hf.data.shards import CorruptShardError, ShardImage, ShardSource, find_sources, shard_splits
+from msgfm_hf.data.shards import UNLABELLED, CorruptShardError, ShardImage, ShardSource, find_sources, shard_splits
 from msgfm_hf.model.image_processing_msgfm import MsGFMImageProcessor
 from msgfm_hf.model.sensors import SENSORS
 
@@ -146,6 +146,7 @@ def _report(folder: str, verify: bool, rows: int) -> tuple[str, list[str]]:
     lines.append(f"  places in more than one split: {', '.join(shared) or 'none'}")
     everything = [row for table in metadata.values() for row in table]
     numbers = np.unique(np.linspace(0, total - 1, min(rows, total)).round().astype(int))
+    lines += _label_report(sources, metadata, numbers, damaged, verify)
     for sensor in source.sensors:
         lines += _sensor_report(source, sensor, [row["images"][sensor] for row in everything])
         lines += _value_report(source, sensor, list(_images(sources, sensor, numbers, damaged, verify)))
@@ -161,16 +162,44 @@ def _report(folder: str, verify: bool, rows: int) -> tuple[str, list[str]]:
 
 
 def _images(sources, sensor, numbers, damaged, verify):
+    return (row["images"][sensor] for _, row in _rows(sources, numbers, damaged, verify))
+
+
+def _rows(sources, numbers, damaged, verify):
+    """The split and the row of each number; rows are counted over all splits."""
     offset = 0
-    for source in sources.values():
+    for split, source in sources.items():
         for number in numbers[(numbers >= offset) & (numbers < offset + len(source))]:
             try:
-                yield source.read(int(number) - offset, verify=verify)["images"][sensor]
+                yield split, source.read(int(number) - offset, verify=verify)
             except CorruptShardError as error:
                 if not verify:
                     raise
                 damaged.append(str(error))
         offset += len(source)
+
+
+def _label_report(sources, metadata, numbers, damaged, verify) -> list[str]:
+    """Images per label and split; of maps the share of each class on the rows that values are measured on."""
+    lines, classes = [], next(iter(sources.values())).classes
+    for split, table in metadata.items():
+        counts = Counter(label for row in table for label in row["labels"] or ())
+        if counts:
+            named = ", ".join(f"{label} {count}" for label, count in sorted(counts.items()))
+            lines.append(f"  labels {split}: {named}; {sum(not row['labels'] for row in table)} rows without")
+    if classes is not None:
+        pixels = {split: np.zeros(UNLABELLED + 1, np.int64) for split in sources}
+        for split, row in _rows(sources, numbers, damaged, verify):
+            if row["target"] is not None:
+                pixels[split] += np.bincount(row["target"].pixels.ravel(), minlength=UNLABELLED + 1)
+        lines.append("  classes: " + ", ".join(f"{number} {name}" for number, name in enumerate(classes)))
+        for split, counts in pixels.items():
+            shares = [
+                f"{name} {100 * n / max(counts.sum(), 1):.3g} %" for name, n in zip(classes, counts, strict=False)
+            ]
+            blank = 100 * counts[UNLABELLED] / max(counts.sum(), 1)
+            lines.append(f"  map {split}: {', '.join(shares)}, unlabelled {blank:.3g} %")
+    return lines
 
 
 def _damaged_rows(source: ShardSource) -> list[str]:

@@ -354,7 +354,8 @@ class MajorTomSource:
             self._set_size(image.pixels.shape[1:])
             return
         raise ValueError(
-            f"`paths` must hold images, got none readable in {len(cells)} cells: {fault} Name other files."
+            f"`paths` must hold images, got none readable in {len(cells)} cells. Name other files. "
+            f"What the last one said: {fault}"
         ) from fault
 
     def _set_size(self, size):

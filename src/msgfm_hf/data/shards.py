@@ -26,6 +26,9 @@ from msgfm_hf.model.sensors import SENSORS, UNITS
 
 SHARD_VERSION = 1
 ROW_GROUP_SIZE = 16
+ROWS_PER_FILE = 256
+# The id of an unlabelled pixel in a map of classes, as Transformers' segmentation heads ignore it.
+UNLABELLED = 255
 # Files of all sources have the columns of these sensors, so that they can be read together.
 COMMON_SENSORS = ("dsm", "rgb", "s1", "s2")
 # Row groups are permuted over the epoch and rows within blocks of this many groups. A reader keeps as many decoded,
@@ -129,15 +132,16 @@ def valid_pixels(pixels: np.ndarray, nodata: float | None) -> np.ndarray:
     return valid
 
 
-def shard_schema(sensors, levels: dict[str, str | None] | None = None) -> pa.Schema:
+def shard_schema(sensors, levels: dict[str, str | None] | None = None, classes: list[str] | None = None) -> pa.Schema:
     """The Arrow schema of every file of a source.
 
     Args:
         sensors (`Iterable[str]`): sensor ids of the source. The columns of `rgb, s2, s1, dsm` are always there.
         levels (`dict[str, str]`, *optional*): processing level per sensor.
+        classes (`list[str]`, *optional*): names of the ids of a map in `target`: id = index, 255 = unlabelled.
 
     Raises:
-        ValueError: if a sensor id collides with another column.
+        ValueError: if a sensor id collides with another column, or for more than 255 classes.
     """
     meta = pa.struct(
         [
@@ -167,50 +171,45 @@ def shard_schema(sensors, levels: dict[str, str | None] | None = None) -> pa.Sch
             f"`sensors` must not be named like another column, got {sorted(sensors)}. "
             "Choose ids other than key, source, split, bounds, labels, target and <sensor>_meta."
         )
+    if classes is not None and len(classes) > UNLABELLED:
+        raise ValueError(
+            f"`classes` must be at most {UNLABELLED} names, got {len(classes)}. Maps hold ids as uint8, and "
+            f"{UNLABELLED} is unlabelled: merge classes."
+        )
     known = {sensor: level for sensor, level in sorted((levels or {}).items()) if level is not None}
-    return pa.schema(fields, metadata={"msgfm_shard_version": str(SHARD_VERSION), "msgfm_levels": json.dumps(known)})
+    metadata = {"msgfm_shard_version": str(SHARD_VERSION), "msgfm_levels": json.dumps(known)}
+    if classes is not None:
+        metadata["msgfm_classes"] = json.dumps(list(classes))
+    return pa.schema(fields, metadata=metadata)
 
 
-class ShardWriter:
-    """Writes the folder of one source; a context manager.
-
-    Rows go to `out_dir/<source>/<split>-00000.parquet` and so on. Everything is written to a hidden folder beside it,
-    which takes its name only when the last row is on disk: a folder with the source's name is always whole.
+class ShardRules:
+    """What all rows of a source keep to, and the schema that follows: its name, sensors, levels, and sound images.
 
     Args:
-        out_dir (`str` or `Path`): the folder of all sources.
-        source (`str`): the name of this one.
+        source (`str`): the name of the source.
         sensors (`Iterable[str]`): sensor ids; every row has an image of each.
         levels (`dict[str, str]`, *optional*): processing level of each sensor that has levels.
-        rows_per_file (`int`): a multiple of 16 keeps all row groups full.
-        overwrite (`bool`): replace the source if it exists.
+        classes (`list[str]`, *optional*): names of the ids of a map in `target`: id = index, 255 = unlabelled.
         check (`bool`): refuse images whose medians are implausible for their unit (`MsGFMImageProcessor.check`).
 
     Raises:
-        ValueError: for a name, sensor, level or row that does not fit the schema, or if the source exists.
+        ValueError: for a name, sensor or level that does not fit the schema.
     """
 
     def __init__(
         self,
-        out_dir,
         source: str,
         sensors,
         levels: dict[str, str] | None = None,
-        rows_per_file: int = 256,
-        overwrite: bool = False,
+        classes: list[str] | None = None,
         check: bool = True,
     ):
-        self.out_dir, self.source = Path(out_dir), source
-        self.sensors = sorted(sensors)
-        self.overwrite = overwrite
-        self.rows_per_file = rows_per_file
-        self.counts: dict[str, int] = {}
+        self.source, self.sensors = source, sorted(sensors)
         if not re.fullmatch(r"\w[\w.-]*", source):
             raise ValueError(f"`source` must be a plain folder name, got {source!r}. Use letters, digits, '_' and '-'.")
         if not self.sensors:
             raise ValueError(f"`sensors` must name at least one sensor, got {sensors!r}. Rows hold pixels.")
-        if rows_per_file < 1:
-            raise ValueError(f"`rows_per_file` must be at least 1, got {rows_per_file}. The default is 256.")
         levels = dict(levels or {})
         for sensor in self.sensors:
             known = SENSORS[sensor].levels if sensor in SENSORS else ()
@@ -221,101 +220,20 @@ class ShardWriter:
                 )
         known = {sensor: SENSORS[sensor] for sensor in self.sensors if sensor in SENSORS}
         self._processor = MsGFMImageProcessor(sensors=known) if check and known else None
-        self.schema = shard_schema(self.sensors, levels)
-        self.folder = self.out_dir / source
-        self._check_free()
-        self._partial = self.out_dir / f".{source}-{os.getpid()}.partial"
+        self.schema = shard_schema(self.sensors, levels, classes)
         self._kinds: dict[str, tuple] = {}
-        self._keys: set[str] = set()
-        self._buffers: dict[str, list[dict]] = {}
-        self._files: dict[str, tuple] = {}
 
-    def __enter__(self):
-        if self._partial.exists():
-            shutil.rmtree(self._partial)
-        self._partial.mkdir(parents=True)
-        return self
+    def check(self, row: ShardRow):
+        """Refuse a row that is not one of this source.
 
-    def __exit__(self, kind, error, trace):
-        try:
-            if kind is None:
-                for split in list(self._buffers):
-                    self._flush(split)
-            for split in list(self._files):
-                self._close(split)
-            if kind is None:
-                self._check_free()
-                if self.folder.exists():
-                    former = self._partial.with_suffix(".former")
-                    os.replace(self.folder, former)
-                    os.replace(self._partial, self.folder)
-                    shutil.rmtree(former)
-                else:
-                    os.replace(self._partial, self.folder)
-        finally:
-            shutil.rmtree(self._partial, ignore_errors=True)
-
-    def write(self, row: ShardRow):
-        """Add a row. Bands, units and dtype of a sensor are the same in all rows of a source."""
-        self._check(row)
-        record = {
-            "key": row.key,
-            "source": row.source,
-            "split": row.split,
-            "group_id": row.group_id,
-            "pair_id": row.pair_id,
-            "sensors": self.sensors,
-            "bounds": None if row.bounds is None else [float(degrees) for degrees in row.bounds],
-            "labels": row.labels,
-        }
-        for column, image in (*row.images.items(), ("target", row.target)):
-            if image is not None:
-                record[column], record[f"{column}_meta"] = _encode(image)
-        self._keys.add(row.key)
-        self.counts[row.split] = self.counts.get(row.split, 0) + 1
-        buffer = self._buffers.setdefault(row.split, [])
-        buffer.append(record)
-        if len(buffer) == ROW_GROUP_SIZE or self.counts[row.split] % self.rows_per_file == 0:
-            self._flush(row.split)
-            if self.counts[row.split] % self.rows_per_file == 0:
-                self._close(row.split)
-
-    def _flush(self, split):
-        records = self._buffers.pop(split, [])
-        if not records:
-            return
-        if split not in self._files:
-            number = (self.counts[split] - 1) // self.rows_per_file
-            stream = open(self._partial / f"{split}-{number:05d}.parquet", "wb")  # noqa: SIM115, closed by _close
-            writer = pq.ParquetWriter(
-                stream, self.schema, compression="none", use_dictionary=False, write_page_checksum=True
-            )
-            self._files[split] = (stream, writer)
-        columns = [pa.array([record.get(f.name) for record in records], type=f.type) for f in self.schema]
-        table = pa.Table.from_arrays(columns, schema=self.schema)
-        self._files[split][1].write_table(table, row_group_size=ROW_GROUP_SIZE)
-
-    def _close(self, split):
-        stream, writer = self._files.pop(split)
-        with stream:
-            writer.close()
-            stream.flush()
-            os.fsync(stream.fileno())
-
-    def _check_free(self):
-        if self.folder.exists() and not self.overwrite:
-            raise ValueError(
-                f"`out_dir` must not hold the source already, got {self.folder}. "
-                "Write to another folder, or pass `overwrite=True`."
-            )
-
-    def _check(self, row: ShardRow):
+        Raises:
+            ValueError: for another source, sensors, bands, units or dtype than those of the rows before, images without
+                sound shapes, names or numbers, and implausible values.
+        """
         if row.source != self.source:
             raise ValueError(f"`source` of a row must be {self.source!r}, got {row.source!r}. One writer, one source.")
         if not re.fullmatch(r"\w+", row.split):
             raise ValueError(f"`split` must be one word, got {row.split!r}. Usual are train, val and test.")
-        if row.key in self._keys:
-            raise ValueError(f"`key` must be unique in its source, got {row.key!r} twice. Add the date or the tile.")
         if sorted(row.images) != self.sensors:
             raise ValueError(
                 f"`images` must hold the sensors {', '.join(self.sensors)}, got {', '.join(sorted(row.images))} "
@@ -344,6 +262,158 @@ class ShardWriter:
             self._processor.check(pixels, valid, sensor, image.bands, image.units, image.scale, image.offset_dn)
         except ValueError as error:
             raise ValueError(f"{error} This is row {key!r} of source {self.source!r}.") from error
+
+
+class ShardFile:
+    """Writes one Parquet file of a source; a context manager. Where it ends with an error the file is removed.
+
+    The file is complete and on disk when the context is left; until then it is no Parquet file, so readers must not
+    meet it: give it a hidden folder or name, and rename it afterwards.
+
+    Args:
+        path (`str` or `Path`): the file.
+        rules (`ShardRules`): those of its source.
+
+    Attributes:
+        rows (`int`): rows written so far.
+    """
+
+    def __init__(self, path, rules: ShardRules):
+        self.path, self.rules, self.rows = Path(path), rules, 0
+        self._records: list[dict] = []
+
+    def __enter__(self):
+        self._stream = open(self.path, "wb")
+        self._writer = pq.ParquetWriter(
+            self._stream, self.rules.schema, compression="none", use_dictionary=False, write_page_checksum=True
+        )
+        return self
+
+    def __exit__(self, kind, error, trace):
+        whole = False
+        try:
+            with self._stream:
+                if kind is None:
+                    self._flush()
+                self._writer.close()
+                self._stream.flush()
+                os.fsync(self._stream.fileno())
+            whole = kind is None
+        finally:
+            if not whole:
+                self.path.unlink(missing_ok=True)
+
+    def write(self, row: ShardRow):
+        """Add a row that `ShardRules.check` has passed."""
+        record = {
+            "key": row.key,
+            "source": row.source,
+            "split": row.split,
+            "group_id": row.group_id,
+            "pair_id": row.pair_id,
+            "sensors": self.rules.sensors,
+            "bounds": None if row.bounds is None else [float(degrees) for degrees in row.bounds],
+            "labels": row.labels,
+        }
+        for column, image in (*row.images.items(), ("target", row.target)):
+            if image is not None:
+                record[column], record[f"{column}_meta"] = _encode(image)
+        self._records.append(record)
+        self.rows += 1
+        if len(self._records) == ROW_GROUP_SIZE:
+            self._flush()
+
+    def _flush(self):
+        records, self._records = self._records, []
+        if records:
+            schema = self.rules.schema
+            columns = [pa.array([record.get(f.name) for record in records], type=f.type) for f in schema]
+            self._writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=ROW_GROUP_SIZE)
+
+
+class ShardWriter:
+    """Writes the folder of one source; a context manager.
+
+    Rows go to `out_dir/<source>/<split>-00000.parquet` and so on. Everything is written to a hidden folder beside it,
+    which takes its name only when the last row is on disk: a folder with the source's name is always whole.
+
+    Args:
+        out_dir (`str` or `Path`): the folder of all sources.
+        source, sensors, levels, classes, check: as of `ShardRules`.
+        rows_per_file (`int`): a multiple of 16 keeps all row groups full.
+        overwrite (`bool`): replace the source if it exists.
+
+    Raises:
+        ValueError: for a name, sensor, level or row that does not fit the schema, or if the source exists.
+    """
+
+    def __init__(
+        self,
+        out_dir,
+        source: str,
+        sensors,
+        levels: dict[str, str] | None = None,
+        classes: list[str] | None = None,
+        rows_per_file: int = ROWS_PER_FILE,
+        overwrite: bool = False,
+        check: bool = True,
+    ):
+        self.out_dir = Path(out_dir)
+        self.overwrite = overwrite
+        self.rows_per_file = rows_per_file
+        self.counts: dict[str, int] = {}
+        if rows_per_file < 1:
+            raise ValueError(f"`rows_per_file` must be at least 1, got {rows_per_file}. The default is 256.")
+        self.rules = ShardRules(source, sensors, levels, classes, check)
+        self.folder = self.out_dir / source
+        self._check_free()
+        self._partial = self.out_dir / f".{source}-{os.getpid()}.partial"
+        self._keys: set[str] = set()
+        self._files: dict[str, ShardFile] = {}
+
+    def __enter__(self):
+        if self._partial.exists():
+            shutil.rmtree(self._partial)
+        self._partial.mkdir(parents=True)
+        return self
+
+    def __exit__(self, kind, error, trace):
+        try:
+            for split in list(self._files):
+                self._files.pop(split).__exit__(kind, error, trace)
+            if kind is None:
+                self._check_free()
+                if self.folder.exists():
+                    former = self._partial.with_suffix(".former")
+                    os.replace(self.folder, former)
+                    os.replace(self._partial, self.folder)
+                    shutil.rmtree(former)
+                else:
+                    os.replace(self._partial, self.folder)
+        finally:
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+    def write(self, row: ShardRow):
+        """Add a row. Bands, units and dtype of a sensor are the same in all rows of a source."""
+        if row.key in self._keys:
+            raise ValueError(f"`key` must be unique in its source, got {row.key!r} twice. Add the date or the tile.")
+        self.rules.check(row)
+        if row.split not in self._files:
+            number = self.counts.get(row.split, 0) // self.rows_per_file
+            file = ShardFile(self._partial / f"{row.split}-{number:05d}.parquet", self.rules)
+            self._files[row.split] = file.__enter__()
+        self._files[row.split].write(row)
+        self._keys.add(row.key)
+        self.counts[row.split] = self.counts.get(row.split, 0) + 1
+        if self.counts[row.split] % self.rows_per_file == 0:
+            self._files.pop(row.split).__exit__(None, None, None)
+
+    def _check_free(self):
+        if self.folder.exists() and not self.overwrite:
+            raise ValueError(
+                f"`out_dir` must not hold the source already, got {self.folder}. "
+                "Write to another folder, or pass `overwrite=True`."
+            )
 
 
 def find_sources(path) -> list[str]:
@@ -380,6 +450,7 @@ class ShardSource:
         name (`str`): the source's name.
         sensors (`list[str]`): those read, sorted.
         bands, units, dtypes, levels (`dict`): by sensor: band names, unit, numpy dtype name, level or `None`.
+        classes (`list[str]` or `None`): names of the ids of the map in `target`.
         row_groups (`list[tuple]`): `(file, row group, first row, rows)` of every row group.
 
     Raises:
@@ -416,6 +487,7 @@ class ShardSource:
                 kinds = first
                 self.name = first["source"]
                 levels = json.loads(metadata.get(b"msgfm_levels", b"{}"))
+                self.classes: list[str] | None = json.loads(metadata.get(b"msgfm_classes", b"null"))
             elif first["sensors"] != kinds["sensors"]:
                 raise ValueError(
                     f"`sensors` must be the same in all rows of a source, got {kinds['sensors']} and "

@@ -54,8 +54,9 @@ class _Stretch:
         self.unit = UNIT_NAMES[spec.unit]
         self.label = "" if len(self.index) == 3 else f"{bands[self.index[0]]}, {self.unit}"
         shown = target[self.index]
-        self.low = np.nanpercentile(shown, 2, axis=(1, 2))
-        self.high = np.maximum(np.nanpercentile(shown, 98, axis=(1, 2)), self.low + 1e-6)
+        finite = shown[:, np.isfinite(shown).all(0)]
+        ends = np.percentile(finite, (2, 98), axis=1) if finite.size else np.zeros((2, len(self.index)))
+        self.low, self.high = ends[0], np.maximum(ends[1], ends[0] + 1e-6)
 
     def limits(self) -> str:
         """What stands beside a colour bar, or under true colour, which has none."""
@@ -78,18 +79,18 @@ class _Stretch:
         return axes.imshow(picture, cmap="viridis", vmin=self.low[0], vmax=self.high[0])
 
 
-def _scale_bar(axes, width: int, gsd: float | None):
-    """A bar of a round number of metres, about a quarter of the panel."""
+def _scale_bar(axes, width: int, gsd: float | None, height: int | None = None):
+    """A bar of a round number of metres, about a quarter of the panel; its height in pixels is the width by default."""
     if not gsd:
         return
     goal = width * gsd / 4
     metres = max((m for e in range(-1, 6) for m in (10**e, 2 * 10**e, 5 * 10**e) if m <= goal), default=goal)
-    pixels, left, top = metres / gsd, width * 0.06, width * 0.93
+    pixels, left, top = metres / gsd, width * 0.06, (height or width) * 0.93
     axes.plot([left, left + pixels], [top, top], color="white", linewidth=3.5, solid_capstyle="butt")
     axes.plot([left, left + pixels], [top, top], color="black", linewidth=1.5, solid_capstyle="butt")
     axes.text(
         left,
-        top - width * 0.03,
+        top - (height or width) * 0.03,
         f"{metres:g} m",
         color="white",
         fontsize=7,
@@ -266,7 +267,7 @@ class Reconstructed:
         shown: (C_target, H, W), the reconstruction, NaN where there is none.
         truth: (C_target, H, W), the image of the target, NaN where invalid; `None` if there is none.
         error: (H, W), mean over bands of |shown - truth| where it counts, NaN elsewhere; `None` without a truth.
-        error_text: what to write above the panel of the error.
+        error_text: what to write above the panel of the error, or, without a truth, in the place of both.
         gsd: metres per pixel, where known.
     """
 
@@ -291,12 +292,13 @@ def draw_directions(rows: Sequence[Reconstructed], title: str, path: Path) -> Pa
     target; the error reaches from 0 to half of that range, over all bands.
     """
     height, width = rows[0].masked.shape
-    shape = min(max(height / width, 0.4), 2.5)
+    # Inches: a pixel per pixel, within reason.
+    side, shape = min(max(width / 110, 2.75), 5.0), min(max(height / width, 0.4), 2.5)
     with _style():
         figure, axes = plt.subplots(
             len(rows),
             4,
-            figsize=(14.5, (2.75 * shape + 0.42) * len(rows) + 0.7),
+            figsize=(4 * side + 3.5, (side * shape + 0.42) * len(rows) + 0.7),
             squeeze=False,
             layout="constrained",
         )
@@ -317,15 +319,15 @@ def _draw_direction(panels, row: Reconstructed):
     if row.truth is None:
         for panel in panels[2:]:
             panel.set_axis_off()
-        text = f"no image of {row.target} given:\nstretched by the reconstruction"
-        panels[2].text(0.5, 0.5, text, ha="center", va="center", color="0.35", transform=panels[2].transAxes)
+        style = {"ha": "center", "va": "center", "color": "0.35", "transform": panels[2].transAxes}
+        panels[2].text(0.5, 0.5, row.error_text, **style)
         titles[2:] = ["", ""]
     else:
         pictures.append((stretch.draw(panels[2], row.truth), stretch.limits()))
         panels[3].set_facecolor(str(_HIDDEN))
         # Over all bands, as the error is.
         ends = np.nanpercentile(row.truth, (2, 98), axis=(1, 2))
-        limit = max(float((ends[1] - ends[0]).mean()) / 2, 1e-6)
+        limit = max(float(np.mean(ends[1] - ends[0])) / 2, 1e-6)
         found = np.ma.masked_invalid(row.error)
         pictures.append((panels[3].imshow(found, cmap="magma", vmin=0, vmax=limit), f"|error|, {stretch.unit}"))
     for panel, name in zip(panels, titles, strict=True):
@@ -339,7 +341,9 @@ def _draw_direction(panels, row: Reconstructed):
             bar.set_label(label, fontsize=7)
         else:
             panel.set_xlabel(label, fontsize=7)
-        _scale_bar(panel, row.masked.shape[1], row.gsd)
+        height, width = row.masked.shape
+        _scale_bar(panel, width, row.gsd, height)
+        panel.set_anchor("W")
     panels[0].set_ylabel(f"{row.sensor} → {row.target}" + ("" if row.trained else "\nnot trained"), fontsize=10)
 
 
