@@ -1,0 +1,333 @@
+"""Labels of images: a table of keys, maps of class ids, or points and polygons."""
+
+import csv
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from msgfm_hf.data.geotiff import Header, crs_name, geo_module, open_geotiff, read_header, same_grid
+from msgfm_hf.data.shards import UNLABELLED, ShardImage
+
+LABEL_TYPES = ("class", "list", "number")
+_LIST_MARKS = (";", "|")
+_SHAPES = {"Point", "MultiPoint", "Polygon", "MultiPolygon"}
+
+
+class Labels(Protocol):
+    """What a maker of shards asks of labels.
+
+    Attributes:
+        kind (`str`): `class`, `list`, `number` or `map`.
+        classes (`list[str]`, *optional*): names of the ids of a map, where they are known.
+        said (`list[str]`): sentences on how the labels were read.
+    """
+
+    kind: str
+    classes: list[str] | None
+    said: list[str]
+
+    def has(self, key: str) -> bool:
+        """Whether there may be a label for this key."""
+        ...
+
+    def read(self, key: str, grid: Header) -> tuple[list[str] | None, ShardImage | None]:
+        """`labels` and `target` of the row with this key, whose pixels lie on this grid."""
+        ...
+
+
+@dataclass(frozen=True)
+class KeyTable:
+    """A CSV with a row per key.
+
+    Args:
+        path (`str`): the file.
+        column (`str`): the column that holds the keys.
+        columns (`list[str]`): all columns.
+        rows (`dict[str, dict[str, str]]`): by key.
+    """
+
+    path: str
+    column: str
+    columns: list[str]
+    rows: dict[str, dict[str, str]]
+
+    def values(self, column: str, keys: Iterable[str]) -> dict[str, str]:
+        """`{key: value}` of a column, without keys that have none.
+
+        Raises:
+            ValueError: if there is no such column.
+        """
+        if column not in self.columns:
+            raise ValueError(
+                f"`column` must be one of those of {self.path}, {', '.join(self.columns)}, got {column!r}. Correct it."
+            )
+        found = {key: self.rows[key][column] for key in keys if key in self.rows}
+        return {key: value for key, value in found.items() if value}
+
+
+def read_key_table(path, keys: Iterable[str]) -> KeyTable:
+    """Read a CSV, and find the column that holds the keys: `key`, else the first in which some of them occur.
+
+    Raises:
+        ValueError: if the file cannot be read as a table, no column matches, or a key occurs twice.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            lines = [{name: (text or "").strip() for name, text in line.items() if name} for line in reader]
+            columns = list(reader.fieldnames or ())
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"`labels` must be a readable CSV, got {path} ({error}). Save it as UTF-8 text.") from error
+    wanted = set(keys)
+    fitting = [name for name in columns if wanted & {line[name] for line in lines}]
+    column = "key" if "key" in fitting else next(iter(fitting), None)
+    if column is None:
+        first = ", ".join(f"{name}={text!r}" for name, text in (lines[0] if lines else {}).items())
+        raise ValueError(
+            f"`labels` must have a column with the keys of the images, such as {min(wanted, default='')!r}, got {path} "
+            f"with {first or 'no rows'}. Add a column `key`."
+        )
+    rows: dict[str, dict[str, str]] = {}
+    for line in lines:
+        if line[column] in rows:
+            raise ValueError(
+                f"`labels` must name each key once, got {line[column]!r} twice in {column!r} of {path}. Drop one."
+            )
+        rows[line[column]] = line
+    return KeyTable(str(path), column, columns, rows)
+
+
+class TableLabels:
+    """Labels of whole images, from a column of a table.
+
+    `class` and `list` (joined by ; or |) become `labels`; a `number` becomes a `target` of one pixel, float32.
+
+    Args:
+        table (`KeyTable`): the table.
+        column (`str`): of the labels.
+        keys (`Iterable[str]`): the keys in use; their values decide the type.
+        kind (`str`, *optional*): `class`, `list` or `number`; by default what the values look like.
+
+    Raises:
+        ValueError: if there is no such column, no key has a value, or a number is none.
+    """
+
+    classes = None
+
+    def __init__(self, table: KeyTable, column: str, keys: Iterable[str], kind: str | None = None):
+        self.values = table.values(column, keys)
+        if not self.values:
+            raise ValueError(
+                f"`label` must be a column with values for the keys of the images, got {column!r} of {table.path} "
+                "with none. Name another column."
+            )
+        numbers = {key: _number(text) for key, text in self.values.items()}
+        if kind is None:
+            listed = any(mark in text for text in self.values.values() for mark in _LIST_MARKS)
+            kind = "list" if listed else "class" if None in numbers.values() else "number"
+            how = f"they look so; --label-type {'|'.join(LABEL_TYPES)} says otherwise"
+        else:
+            how = "as told"
+        self.kind, self.column, self.numbers = kind, column, numbers
+        if kind == "number":
+            for key, text in self.values.items():
+                if numbers[key] is None:
+                    raise ValueError(f"`label` must be a number, got {text!r} for key {key!r}. Correct {table.path}.")
+        self.said = [f"labels: column {column!r} of {table.path}, by {table.column!r}, read as {kind} ({how})"]
+
+    def has(self, key: str) -> bool:
+        """Whether the table has a value for this key."""
+        return key in self.values
+
+    def read(self, key: str, grid: Header) -> tuple[list[str] | None, ShardImage | None]:
+        """`labels`, or a `target` of shape (1, 1, 1); both `None` for a key without a value."""
+        text = self.values.get(key)
+        if text is None:
+            return None, None
+        if self.kind == "number":
+            return None, ShardImage(np.full((1, 1, 1), self.numbers[key], np.float32), [self.column], "number")
+        if self.kind == "class":
+            return [text], None
+        for mark in _LIST_MARKS:
+            text = text.replace(mark, "\n")
+        return list(dict.fromkeys(part.strip() for part in text.split("\n") if part.strip())), None
+
+
+class MaskLabels:
+    """Maps of class ids on the grids of the images, a GeoTIFF per key.
+
+    Args:
+        files (`dict[str, str]`): by key.
+    """
+
+    kind, classes = "map", None
+
+    def __init__(self, files: dict[str, str]):
+        self.files = files
+        self.said = [f"labels: maps of class ids, {len(files)} files; nodata is {UNLABELLED}, unlabelled"]
+
+    def has(self, key: str) -> bool:
+        """Whether there is a file for this key."""
+        return key in self.files
+
+    def read(self, key: str, grid: Header) -> tuple[list[str] | None, ShardImage | None]:
+        """`target` uint8 (1, H, W), 255 where the file has nodata; `None` for a key without a file.
+
+        Raises:
+            ValueError: if the file cannot be read, lies on another grid, has several bands, or other values than ids.
+        """
+        if key not in self.files:
+            return None, None
+        header = read_header(self.files[key])
+        check_grid(header, grid)
+        with open_geotiff(header.path) as file:
+            if file.count != 1:
+                raise ValueError(f"`labels` must be maps of one band, got {file.count} in {header.path}. Keep one.")
+            try:
+                found, valid = file.read(1), file.read_masks(1) != 0
+            except geo_module("rasterio.errors").RasterioError as error:
+                raise ValueError(f"`labels` must be readable, got {header.path} ({error}). Fetch it again.") from error
+        valid &= np.isfinite(found)
+        ids = found[valid]
+        if ids.size and (ids.min() < 0 or ids.max() > UNLABELLED or (ids != np.floor(ids)).any()):
+            raise ValueError(
+                f"`labels` must be class ids from 0 to {UNLABELLED - 1}, {UNLABELLED} is unlabelled, got values from "
+                f"{ids.min()} to {ids.max()} in {header.path}. Map them to ids."
+            )
+        pixels = np.full(found.shape, UNLABELLED, np.uint8)
+        pixels[valid] = ids.astype(np.uint8)
+        return None, class_map(pixels, grid)
+
+
+class VectorLabels:
+    """Maps of classes, drawn from points and polygons on the grids of the images.
+
+    A pixel takes the class of the last shape in the file that its centre lies in, or that is a point in it.
+
+    Args:
+        path (`str` or `Path`): GeoJSON, GeoPackage, or what else GDAL reads as vectors.
+        column (`str`): the attribute that names the class. Names in order (numbers by value) get the ids 0, 1, ...
+
+    Raises:
+        ValueError: if the file cannot be read, has no coordinate system, no such attribute, no class, more than 255, or
+            lines.
+    """
+
+    kind = "map"
+
+    def __init__(self, path, column: str):
+        geopandas = geo_module("geopandas")
+        try:
+            shapes = geopandas.read_file(path)
+        except (OSError, geo_module("pyogrio.errors").DataSourceError) as error:
+            raise ValueError(
+                f"`labels` must be a CSV, a mask glob with {{key}}, GeoJSON or GeoPackage, got {path} ({error}). "
+                "Check the name."
+            ) from error
+        if shapes.crs is None:
+            raise ValueError(
+                f"`labels` must have a coordinate system, got none in {path}. Write it with one (GeoJSON is WGS84)."
+            )
+        columns = [name for name in shapes.columns if name != shapes.geometry.name]
+        if column not in columns:
+            raise ValueError(
+                f"`label` must be an attribute of {path}, {', '.join(columns)}, got {column!r}. Correct it."
+            )
+        empty = shapes[column].isna() | shapes.geometry.isna() | shapes.geometry.is_empty
+        shapes = shapes[~empty]
+        others = sorted(set(shapes.geom_type) - _SHAPES)
+        if others:
+            raise ValueError(
+                f"`labels` must be points or polygons, got {', '.join(others)} in {path}. Buffer them to polygons."
+            )
+        values = sorted(set(shapes[column]))
+        if not 0 < len(values) <= UNLABELLED:
+            raise ValueError(
+                f"`label` must name from 1 to {UNLABELLED} classes, got {len(values)} in {column!r} of {path}. "
+                "Choose another attribute, or merge classes."
+            )
+        ids = {value: number for number, value in enumerate(values)}
+        self.classes = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
+        self._shapes = shapes.geometry
+        self._ids = np.array([ids[value] for value in shapes[column]], np.uint8)
+        self.said = [
+            f"labels: {len(shapes)} shapes of {len(values)} classes in {path}"
+            + (f"; {empty.sum()} without class or shape left out" if empty.any() else ""),
+            "classes: " + ", ".join(f"{number} {name}" for number, name in enumerate(self.classes)),
+        ]
+
+    def has(self, key: str) -> bool:
+        """Shapes may lie anywhere."""
+        return True
+
+    def read(self, key: str, grid: Header) -> tuple[list[str] | None, ShardImage | None]:
+        """`target` uint8 (1, H, W), 255 where there is no shape.
+
+        Raises:
+            ValueError: if the image has no place on the map.
+        """
+        if grid.crs is None:
+            raise ValueError(
+                f"`labels` from shapes must meet images with a place on the map, got none in {grid.path}. "
+                "Georeference it, or give masks."
+            )
+        warp, shapely = geo_module("rasterio.warp"), geo_module("shapely")
+        there = self._shapes.crs.to_wkt()
+        near = self._shapes.sindex.query(shapely.box(*warp.transform_bounds(grid.crs, there, *grid.bounds)))
+        pixels = np.full(grid.shape, UNLABELLED, np.uint8)
+        if len(near):
+            near = np.sort(near)
+            shapes = self._shapes.iloc[near].to_crs(grid.crs.to_wkt())
+            drawn = zip(shapes, self._ids[near].tolist(), strict=True)
+            rasterize = geo_module("rasterio.features").rasterize
+            rasterize(drawn, out=pixels, transform=grid.transform)
+        return None, class_map(pixels, grid)
+
+
+def class_map(pixels: np.ndarray, grid: Header) -> ShardImage:
+    """A map of class ids, uint8 (H, W), as a `target` on a grid."""
+    return ShardImage(
+        pixels[None],
+        ["class"],
+        "class",
+        gsd=grid.gsd,
+        crs=None if grid.crs is None else crs_name(grid.crs),
+        transform=None if grid.crs is None else list(grid.transform.to_gdal()),
+        nodata=UNLABELLED,
+    )
+
+
+def check_grid(header: Header, grid: Header):
+    """Refuse a file whose pixels do not lie on those of another.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if not same_grid(grid, header):
+        raise ValueError(
+            f"`input` must share one pixel grid in a row, got {_grid_text(header)}, and {_grid_text(grid)}. "
+            "`msgfm shards scenes` warps large images to one grid; gdalwarp -t_srs -te -ts does it for chips."
+        )
+
+
+def _grid_text(header: Header) -> str:
+    place = "no place on the map"
+    if header.crs is not None:
+        place = f"{_short(crs_name(header.crs))}, origin ({header.transform.c:.10g}, {header.transform.f:.10g}), "
+        place += f"pixels of {header.transform.a:.6g} x {-header.transform.e:.6g}"
+    return f"{header.path} with {header.shape[0]} x {header.shape[1]} pixels, {place}"
+
+
+def _short(crs: str) -> str:
+    return crs if len(crs) < 40 else crs[:37] + "..."
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
