@@ -455,6 +455,7 @@ def test_data_are_those_of_the_run_unless_given(data, saved):
     (saved / "run.json").write_text(json.dumps(record))
     checkpoint = saved / "checkpoints" / "step-00000002"
     checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text("{}")
     for file in ("config.json", "model.safetensors", "preprocessor_config.json"):
         (checkpoint / file).write_bytes((saved / file).read_bytes())
     for folder in (saved, checkpoint):

@@ -144,6 +144,12 @@ def find_checkpoints(run_dir: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
 
 
+def run_record(folder: Path) -> dict | None:
+    """`run.json` of the run that a model, or the checkpoint of one, is of; `None` where there is none."""
+    run = folder.resolve().parents[1] if (folder / "state.json").is_file() else folder
+    return json.loads((run / "run.json").read_text()) if (run / "run.json").is_file() else None
+
+
 def save_checkpoint(
     run_dir: Path,
     model: MsGFMForPreTraining,

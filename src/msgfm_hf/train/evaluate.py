@@ -12,7 +12,7 @@ from msgfm_hf.data.shards import ShardSource, find_sources, shard_splits
 from msgfm_hf.model.image_processing_msgfm import MsGFMImageProcessor
 from msgfm_hf.model.modeling_msgfm import MsGFMForPreTraining
 from msgfm_hf.tasks.reconstruction import evaluate_reconstruction, masked_crops, training_statistics
-from msgfm_hf.train.checkpoint import write_text
+from msgfm_hf.train.checkpoint import run_record, write_text
 from msgfm_hf.train.pictures import draw_reconstruction, read_metrics
 from msgfm_hf.train.pretrain import source_commit
 
@@ -119,7 +119,7 @@ def draw_model(
     Raises:
         ValueError: if no source can be evaluated.
     """
-    made_by, device = _record(Path(model)), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    made_by, device = run_record(Path(model)), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     region = made_by["recipe"]["cross_loss_region"] if made_by else "masked"
     network = MsGFMForPreTraining.from_pretrained(model).to(device).eval()
     processor = MsGFMImageProcessor.from_pretrained(model)
@@ -144,15 +144,9 @@ def _folders(data: Sequence[str | Path], split: str) -> list[str]:
     return folders
 
 
-def _record(folder: Path) -> dict | None:
-    """`run.json` of the run that a model, or the checkpoint of one, is of."""
-    run = folder.resolve().parents[1] if (folder / "state.json").is_file() else folder
-    return json.loads((run / "run.json").read_text()) if (run / "run.json").is_file() else None
-
-
 def _trained(folder: Path) -> dict | None:
     """What made a model, or the checkpoint of one, from the run's own record."""
-    record, is_checkpoint = _record(folder), (folder / "state.json").is_file()
+    record, is_checkpoint = run_record(folder), (folder / "state.json").is_file()
     if record is None:
         return None
     identity = record["identity"]

@@ -2,7 +2,6 @@
 model made of the experts that some sensors use."""
 
 import copy
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from msgfm_hf.model.configuration_msgfm import MsGFMConfig
 from msgfm_hf.model.image_processing_msgfm import MsGFMImageProcessor
 from msgfm_hf.model.modeling_msgfm import MsGFMForPreTraining, count_parameters
 from msgfm_hf.tasks.reconstruction import MaskedCrops, evaluate_reconstruction, masked_crops, training_statistics
-from msgfm_hf.train.checkpoint import checkpoint_errors, save_model
+from msgfm_hf.train.checkpoint import checkpoint_errors, run_record, save_model
 from msgfm_hf.train.evaluate import write_report
 from msgfm_hf.train.pictures import ExpertCrop, draw_expert_crops, draw_experts
 from msgfm_hf.train.pretrain import source_commit
@@ -565,15 +564,12 @@ def _folders(run: Path, data: Sequence[str | Path] | None) -> list[str]:
     if data is not None:
         folders = [folder for path in data for folder in find_sources(path)]
     else:
-        # A checkpoint lies two folders below the record of its run.
-        records = [folder / "run.json" for folder in (run, *run.resolve().parents[:2])]
-        record = next((path for path in records if path.is_file()), None)
-        if record is None:
+        made_by = run_record(run)
+        if made_by is None:
             raise ValueError(
                 f"`data` must be given for a model that is not of a run, got none and no run.json in {str(run)!r}. "
                 "Name folders of shards with `--data`."
             )
-        made_by = json.loads(record.read_text())
         trained = made_by["identity"]["sources"]
         found = [folder for path in made_by["recipe"]["data"] for folder in find_sources(path)]
         folders = [folder for folder in found if Path(folder).name in trained]

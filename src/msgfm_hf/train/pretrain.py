@@ -162,19 +162,23 @@ class Mixture:
 
     def fingerprint(self) -> dict:
         """What a resumed run must find again."""
-        shards = {
+        own = {
+            # How rows are grouped decides the order in which they come.
+            source.name: {"row_groups": zlib.crc32(repr([rows for _, _, _, rows in source.row_groups]).encode())}
+            for source in self.shards
+        }
+        own |= {stream.name: stream.fingerprint() for stream in self.streams}
+        return {
             source.name: {
                 "rows": len(source),
-                # How they are grouped decides the order in which they come.
-                "row_groups": zlib.crc32(repr([rows for _, _, _, rows in source.row_groups]).encode()),
                 "bands": source.bands,
                 "units": source.units,
                 "dtypes": source.dtypes,
                 "levels": source.levels,
+                **own[source.name],
             }
-            for source in self.shards
+            for source in self.sources
         }
-        return shards | {stream.name: stream.fingerprint() for stream in self.streams}
 
     def orders(self, seed: int) -> list:
         """What `MixtureDataset` wants beside the sources."""

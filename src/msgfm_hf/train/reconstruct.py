@@ -26,6 +26,7 @@ from msgfm_hf.model.modeling_msgfm import MsGFMForPreTraining
 from msgfm_hf.model.sensors import SensorSpec, get_sensor
 from msgfm_hf.tasks.reconstruction import directions
 from msgfm_hf.tasks.speckle import align, compare_backscatter, format_backscatter, is_backscatter
+from msgfm_hf.train.checkpoint import run_record
 from msgfm_hf.train.pictures import UNIT_NAMES, Backscatter, Reconstructed, draw_backscatter, draw_directions
 from msgfm_hf.train.pretrain import source_commit
 
@@ -144,7 +145,7 @@ def reconstruct(
     if out.exists() and not out.is_dir():
         raise ValueError(f"`out` must be a folder, got the file {str(out)!r}. Name another.")
     network, processor = _load(model)
-    record = _record(model)
+    record = run_record(model)
     if region is None:
         region = record["recipe"]["cross_loss_region"] if record else "masked"
     if not 0 <= mask_ratio <= 1 or (mask_ratio == 0 and region == "masked"):
@@ -224,20 +225,11 @@ def _load(folder: Path) -> tuple[MsGFMForPreTraining, MsGFMImageProcessor]:
     return model.to(device).eval(), MsGFMImageProcessor.from_pretrained(folder)
 
 
-def _record(folder: Path) -> dict | None:
-    """`run.json` of the run that a model, or a checkpoint two folders below, is of."""
-    found = [path for path in (folder, *folder.resolve().parents[:2]) if (path / "run.json").is_file()]
-    return json.loads((found[0] / "run.json").read_text()) if found else None
-
-
 def _sources(record: dict | None) -> list[dict[str, tuple[list[str], str | None]]] | None:
     """What the run of a model trained on: per source {sensor: (bands, level)}; `None` where nobody knows."""
     sources = []
     for found in (record or {"identity": {}})["identity"].get("sources", {}).values():
-        if "bands" in found:
-            sources.append({sensor: (bands, found["levels"][sensor]) for sensor, bands in found["bands"].items()})
-        elif "data sets" in found:
-            sources.append({sensor: (bands, level) for sensor, (_, level, bands) in found["data sets"].items()})
+        sources.append({sensor: (bands, found["levels"][sensor]) for sensor, bands in found["bands"].items()})
     return sources or None
 
 
