@@ -1,6 +1,7 @@
 """The test world: one thread, no network, no GPU; real samples come from `MSGFM_SAMPLE_DATA`."""
 
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,3 +31,22 @@ def sample_data() -> Path:
     if "MSGFM_SAMPLE_DATA" not in os.environ:
         pytest.skip("MSGFM_SAMPLE_DATA is unset: set it to the folder of real samples")
     return Path(os.environ["MSGFM_SAMPLE_DATA"]).resolve()
+
+
+@pytest.fixture
+def msgfm(capsys, monkeypatch):
+    """Run a command as the shell does: the exit code, and what it wrote to both streams."""
+
+    from msgfm_hf.cli import main
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["msgfm", *map(str, words)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stopped:
+            code = stopped.code or 0
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run

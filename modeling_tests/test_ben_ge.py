@@ -12,6 +12,7 @@ from msgfm_hf.cli import main
 from msgfm_hf.data.archive import convert_archive, hashed_fraction
 from msgfm_hf.data.ben_ge import CLASSES, BenGe
 from msgfm_hf.data.shards import ShardSource, shard_splits
+from shard_rows import rows
 
 # Native metres of the bands in the order of the product, which has no B10 (BigEarthNet v1).
 GSD = {
@@ -94,16 +95,6 @@ def root(tmp_path):
     for seed, (patch, s1) in enumerate(PATCHES.items()):
         add(tmp_path / "ben-ge", patch, s1, seed)
     return tmp_path / "ben-ge"
-
-
-def rows(folder):
-    found = {}
-    for split in shard_splits(folder):
-        source = ShardSource(folder, split)
-        for index in range(len(source)):
-            row = source.read(index, verify=True)
-            found[row["key"]] = (split, row)
-    return found
 
 
 def convert(root, out, max_bad=100, **options):

@@ -53,23 +53,6 @@ def models(tmp_path_factory):
     return [str(folder / f"seed{seed}") for seed in (0, 1)]
 
 
-@pytest.fixture
-def msgfm(capsys, monkeypatch):
-    """Run a command as the shell does: the exit code, and what it wrote to both streams."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["msgfm", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stopped:
-            code = stopped.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
-
-
 def fails(result, *parts):
     """Exit status 1 and one sentence."""
     code, _, said = result

@@ -10,7 +10,7 @@ import tifffile
 from msgfm_hf.cli import main
 from msgfm_hf.data.archive import convert_archive, hashed_fraction
 from msgfm_hf.data.geopile import GeoPile
-from msgfm_hf.data.shards import ShardSource, shard_splits
+from shard_rows import rows
 
 
 @pytest.fixture
@@ -31,16 +31,6 @@ def root(tmp_path):
     (folder / "PatternNet" / "beach" / ".beach003.jpg").write_bytes(b"a hidden file")
     (folder / "PatternNet" / "labels.txt").write_text("beach\n")
     return folder
-
-
-def rows(folder):
-    found = {}
-    for split in shard_splits(folder):
-        source = ShardSource(folder, split)
-        for index in range(len(source)):
-            row = source.read(index, verify=True)
-            found[row["key"]] = (split, row)
-    return found
 
 
 def test_pictures_become_rgb_rows(root, tmp_path):

@@ -10,7 +10,7 @@ from rasterio.transform import from_origin
 from msgfm_hf.cli import main
 from msgfm_hf.data.archive import convert_archive
 from msgfm_hf.data.mdas import TILE, Mdas
-from msgfm_hf.data.shards import ShardSource, shard_splits
+from shard_rows import rows
 
 CRS = "EPSG:32632"
 WEST, NORTH = 636000.0, 5361000.0
@@ -59,16 +59,6 @@ def root(tmp_path):
     area(folder, "sub_area_3", (1, 1), (WEST + 3 * step, NORTH), "_sub_area3")
     write(folder / "sub_area_1" / "HySpex_sub_area1.tif", np.zeros((3, 4, 4), np.int16), 2.2)
     return folder
-
-
-def rows(folder):
-    found = {}
-    for split in shard_splits(folder):
-        source = ShardSource(folder, split)
-        for index in range(len(source)):
-            row = source.read(index, verify=True)
-            found[row["key"]] = (split, row)
-    return found
 
 
 def test_the_city_trains_without_the_areas_that_are_held_out(root, tmp_path, capsys):

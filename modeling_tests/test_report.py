@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import sys
 import time
 from html.parser import HTMLParser
 
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from msgfm_hf.cli import main
 from msgfm_hf.data.shards import ShardImage, ShardRow, ShardWriter
 from msgfm_hf.train.charts import thin
 from msgfm_hf.train.pretrain import pretrain
@@ -497,23 +495,6 @@ def test_out_must_be_a_file(tmp_path):
 
 
 # The command, and a real run
-
-
-@pytest.fixture
-def msgfm(capsys, monkeypatch):
-    """Run the command as the shell does: the exit code, and what it wrote to both streams."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["msgfm", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stopped:
-            code = stopped.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
 
 
 def test_the_command_writes_and_tells(msgfm, tmp_path):

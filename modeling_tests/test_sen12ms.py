@@ -11,6 +11,7 @@ from msgfm_hf.data.archive import convert_archive
 from msgfm_hf.data.inspect import inspect_shards
 from msgfm_hf.data.sen12ms import Sen12MS
 from msgfm_hf.data.shards import ShardSource, shard_splits
+from shard_rows import rows
 
 S2_BANDS = ["B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B10", "B11", "B12"]
 COUNTS = {"s1": 2, "s2": 13, "lc": 4}
@@ -48,16 +49,6 @@ def path_of(root, region, sensor, scene, patch):
 def add(root, region, scene, patch, seed=0, **grid):
     for sensor in ("s1", "s2"):
         write(path_of(root, region, sensor, scene, patch), pixels_of(sensor, seed), **grid)
-
-
-def rows(folder):
-    found = {}
-    for split in shard_splits(folder):
-        source = ShardSource(folder, split)
-        for index in range(len(source)):
-            row = source.read(index, verify=True)
-            found[row["key"]] = (split, row)
-    return found
 
 
 def convert(root, out, **options):
