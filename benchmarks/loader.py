@@ -16,7 +16,6 @@ The only figures here that are times and not ratios; they are CPU times of one t
 import argparse
 import statistics
 import tempfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ import torch
 
 from msgfm_hf import SENSORS
 from msgfm_hf.data.batch import collate
-from msgfm_hf.data.mixture import MixtureDataset, MixtureSampler, SourceOrder, crop
+from msgfm_hf.data.mixture import MixtureDataset, MixtureSampler, SourceOrder, crop, draw_window
 from msgfm_hf.data.shards import ShardImage, ShardRow, ShardSource, ShardWriter
 
 SHAPE, CROP = (13, 256, 256), 192
@@ -108,19 +107,14 @@ def mixing(folder: Path, repeats: int):
     plan = []
     for batch in sampler:
         for index, position in batch:
-            draw = np.random.default_rng([0, zlib.crc32(sources[index].name.encode()), position])
-            top, left = (int(draw.integers(length - SMALL_CROP + 1)) for length in SMALL[1:])
-            down, across = (-1 if flip else 1 for flip in draw.integers(2, size=2))
-            plan.append((sources[index], orders[index][position], top, left, down, across))
+            window = draw_window(*SMALL[1:], SMALL_CROP, 0, sources[index].name, position)
+            plan.append((sources[index], orders[index][position], window))
 
     def mix():
         return [sample for batch in sampler for sample in dataset.__getitems__(batch)]
 
     def plain():
-        return [
-            crop(source.read(row)["images"]["rgb"], top, left, SMALL_CROP, down, across)
-            for source, row, top, left, down, across in plan
-        ]
+        return [crop(source.read(row)["images"]["rgb"], *window) for source, row, window in plan]
 
     for ours, theirs in zip(mix(), plain(), strict=True):
         np.testing.assert_array_equal(ours["images"]["rgb"]["pixels"], theirs["pixels"])

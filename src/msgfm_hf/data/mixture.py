@@ -161,13 +161,8 @@ class MixtureDataset(Dataset):
                 if len(bad) > self.max_bad:
                     return {"source": index, "position": position, "images": None, "bad": bad}
         height, width = _shared_size(row, source.path)
-        draws = _draws(self.seed, source.name, position)
-        top = draws[0] % (max(height - self.image_size, 0) + 1)
-        left = draws[1] % (max(width - self.image_size, 0) + 1)
-        down, across = (-1 if draw % 2 else 1 for draw in draws[2:])
-        images = {}
-        for sensor, image in row["images"].items():
-            images[sensor] = crop(image, top, left, self.image_size, down, across)
+        window = draw_window(height, width, self.image_size, self.seed, source.name, position)
+        images = {sensor: crop(image, *window) for sensor, image in row["images"].items()}
         return {
             "source": index,
             "position": position,
@@ -181,12 +176,18 @@ class MixtureDataset(Dataset):
         return [self[item] for item in items]
 
 
-def _draws(seed: int, name: str, position: int) -> tuple[int, ...]:
-    """Four evenly distributed numbers of 64 bits that depend on the arguments alone.
+def draw_window(
+    height: int, width: int, image_size: int, seed: int, name: str, position: int
+) -> tuple[int, int, int, int, int]:
+    """Where to cut and how to mirror the sample at a position of a source: the arguments of `crop` after the image.
 
-    Seeding a generator takes several times as long, and a sample's whole bookkeeping must not be felt.
+    A hash of (seed, name, position) decides; seeding a generator would take several times as long, and a sample's whole
+    bookkeeping must not be felt.
     """
-    return struct.unpack("<4Q", hashlib.blake2b(f"{seed} {name} {position}".encode(), digest_size=32).digest())
+    digest = hashlib.blake2b(f"{seed} {name} {position}".encode(), digest_size=32).digest()
+    draws = struct.unpack("<4Q", digest)
+    top, left = draws[0] % (max(height - image_size, 0) + 1), draws[1] % (max(width - image_size, 0) + 1)
+    return top, left, image_size, -1 if draws[2] % 2 else 1, -1 if draws[3] % 2 else 1
 
 
 class EvaluationCrops(Dataset):
