@@ -1,5 +1,6 @@
 """The engine of archive conversions: whole files, exact continuing, honest counts, whatever stops it."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -58,7 +59,7 @@ class Plates(Archive):
     def read(self, item):
         number = int(item.key[-2:])
         if (self.root / "burning").exists() and item.key == "train09":
-            raise RuntimeError("`root` must not burn, got fire. Leave.")
+            raise OSError(errno.EIO, "the disk must not burn")
         if (self.root / f"broken-{item.key}").exists():
             raise ValueError(f"`plate` must be whole, got pieces of {item.key}. Glue it.")
         if item.key == "test01":
@@ -162,7 +163,7 @@ def test_a_second_run_writes_nothing(root, tmp_path):
 def test_what_breaks_off_goes_on_and_keeps_its_files(root, tmp_path):
     whole = convert(root, tmp_path / "whole")
     (root / "burning").touch()
-    with pytest.raises(RuntimeError, match="must not burn"):
+    with pytest.raises(OSError, match="must not burn while reading train09"):
         convert(root, tmp_path / "out")
     half = tmp_path / "out" / ".plates.converting"
     before = times(half)
@@ -194,6 +195,58 @@ def test_a_full_disk_stops_it_and_is_not_the_fault_of_an_image(root, tmp_path):
     assert not times(half) and not list(half.glob("*.partial"))
     made = convert(root, tmp_path / "out")
     assert contents(made.folder) == contents(whole.folder) and made.manifest["bad"] == []
+
+
+class FoldedError(Exception):
+    """An error of some decoder."""
+
+
+@pytest.mark.parametrize(
+    "error", [TypeError("null"), KeyError("bands"), FoldedError("null"), PermissionError(13, "null")]
+)
+def test_whatever_a_file_leads_a_decoder_to_raise_makes_it_bad(root, tmp_path, monkeypatch, error):
+    sound = Plates.read
+
+    def read(self, item):
+        if item.key == "val02":
+            raise error
+        return sound(self, item)
+
+    monkeypatch.setattr(Plates, "read", read)
+    (bad,) = convert(root, tmp_path / "out").manifest["bad"]
+    assert bad == {"key": "val02", "reason": f"{type(error).__name__}: {error}"}
+
+
+@pytest.mark.parametrize("kind", ["direct", "wrapped", "memory", "library"])
+def test_what_may_pass_stops_the_conversion(root, tmp_path, monkeypatch, kind):
+    sound = Plates.read
+
+    def read(self, item):
+        if item.key != "val02":
+            return sound(self, item)
+        if kind == "memory":
+            raise MemoryError("no more")
+        if kind == "library":
+            raise ImportError("no more")
+        try:
+            raise OSError(errno.ESTALE, "no more")
+        except OSError as error:
+            if kind == "direct":
+                raise
+            raise ValueError("`path` must be whole, got half. Fetch it again.") from error
+
+    expected = {"memory": MemoryError, "library": ImportError}.get(kind, OSError)
+    with monkeypatch.context() as patched, pytest.raises(expected, match="no more"):
+        patched.setattr(Plates, "read", read)
+        convert(root, tmp_path / "out")
+    assert not (tmp_path / "out" / "plates").exists()
+    assert convert(root, tmp_path / "out").manifest["bad"] == []
+
+
+def test_cores_are_counted_where_the_system_knows_no_affinity(root, tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    assert convert(root, tmp_path / "out", workers=None).manifest["rows"]["train"] == 14
 
 
 def test_a_stop_after_the_last_file_is_made_up_for(root, tmp_path):
@@ -249,7 +302,7 @@ def test_an_archive_without_a_sound_item_is_refused(root, tmp_path):
 def test_another_conversion_does_not_mix_in(root, tmp_path, half, change, said):
     if half:
         (root / "burning").touch()
-        with pytest.raises(RuntimeError, match="fire"):
+        with pytest.raises(OSError, match="must not burn"):
             convert(root, tmp_path / "out")
         (root / "burning").unlink()
     else:

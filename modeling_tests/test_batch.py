@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from msgfm_hf.data.batch import PreTrainingBatches, collate, draw_targets, normalise, rotations, sample_masks
+from msgfm_hf.data.batch import (
+    PreTrainingBatches,
+    collate,
+    count_loss_pixels,
+    draw_targets,
+    normalise,
+    rotations,
+    sample_masks,
+)
 from msgfm_hf.data.mixture import EvaluationCrops, MixtureDataset, SourceOrder
 from msgfm_hf.data.shards import ShardImage, ShardRow, ShardSource, ShardWriter
 from msgfm_hf.model.configuration_msgfm import MsGFMConfig
@@ -184,6 +192,19 @@ def test_a_mask_belongs_to_its_sample_whatever_the_batch(config):
     assert together.dtype == torch.bool
     torch.testing.assert_close(masks_of([8, 4, 6], config), together[[4, 0, 2]])
     torch.testing.assert_close(masks_of([5], config), together[1:2])
+
+
+def test_loss_pixels_are_counted_by_sensor_name_whatever_the_order(config):
+    patches = (SIZE // config.patch_size) ** 2
+    seen = {"s2": torch.zeros(1, SIZE, SIZE, dtype=torch.bool), "s1": torch.ones(1, SIZE, SIZE, dtype=torch.bool)}
+    seen["s2"][:, 0, :3] = True
+    inputs = {
+        "pixel_values": [{sensor: torch.zeros(1, 2, SIZE, SIZE) for sensor in seen}],
+        "bool_loss_pos": [{sensor: torch.ones(1, patches, dtype=torch.bool) for sensor in seen}],
+        "valid_mask": [seen],
+        "targets": [{"s1": "s1", "s2": "s2"}],
+    }
+    assert count_loss_pixels(inputs, config.patch_size).tolist() == [SIZE * SIZE, 3]
 
 
 def test_masks_differ_between_samples_sensors_sources_and_seeds(config):

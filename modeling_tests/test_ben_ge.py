@@ -208,6 +208,12 @@ def test_lists_decide_the_split_and_what_is_left_out(root, tmp_path, capsys):
     assert list(rows(tmp_path / "clear" / "ben_ge")) == [FIRST]
 
 
+def test_a_list_of_a_spreadsheet_loses_no_patch(root, tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text(f"{FIRST}\n {SECOND}\n", encoding="utf-8-sig")
+    assert sorted(item.key for item in BenGe(root, splits={"train": path}).list_items().items) == sorted(PATCHES)
+
+
 def damaged(root, kind):
     """The second patch, damaged."""
     optical, radar = root / "BigEarthNet-v1.0" / SECOND, root / "BigEarthNet-S1-v1.0" / PATCHES[SECOND]
@@ -230,6 +236,10 @@ def damaged(root, kind):
         optical.rmdir()
     elif kind == "broken json":
         facts.write_text(facts.read_text()[:30])
+    elif kind == "no json":
+        facts.write_text("null")
+    elif kind == "no facts":
+        (optical / f"{SECOND}_labels_metadata.json").write_text("null")
     elif kind == "dem crs":
         write(dem, height_pixels(1), crs="EPSG:32632")
     elif kind == "dem dtype":
@@ -257,6 +267,8 @@ def damaged(root, kind):
         ("no radar", f"`root` must hold a Sentinel-1 patch for {SECOND}, got none"),
         ("no optical", "_labels_metadata.json"),
         ("broken json", f"`root` must hold a Sentinel-1 patch for {SECOND}, got none"),
+        ("no json", f"`root` must hold a Sentinel-1 patch for {SECOND}, got none"),
+        ("no facts", "must hold labels, acquisition_date, got None"),
         ("dem crs", "`s2` and `dsm` must lie on one grid"),
         ("dem dtype", "`dsm` must be int16 of 120 x 120 pixels, got float32"),
         ("shifted band", "`B01` and `B05` must lie on one grid"),

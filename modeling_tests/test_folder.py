@@ -99,6 +99,7 @@ def test_what_matches_and_what_does_not_is_said(chips):
     assert "s1: 10 files match chips/s1/{key}.tif\ns1: 1 (k9) have no partner and are left out" in said
     assert "s2: 10 files match chips/s2/{key}.tif\ns2: 1 (other) have no partner and are left out" in said
     assert "9 keys have every sensor" in said
+    assert "chips.csv: 8 of 9 keys found in column 'key'" in said
     assert "split: 1 (k8) have no 'part' in chips.csv and are left out" in said
 
 
@@ -163,6 +164,34 @@ def test_a_file_that_cannot_be_read_stops_with_its_name_and_leaves_nothing(chips
     with pytest.raises(ValueError, match=r"`path` must be a readable TIFF, got 'chips/s1/k5.tif'"):
         write_folder(planned, chips / "out", "fields")
     assert list((chips / "out").iterdir()) == []
+
+
+def test_rows_must_be_of_one_kind_before_any_pixel_is_read(chips):
+    chip(chips / "chips/s2/k7.tif", 7, "s2", dtype="int32")
+    with pytest.raises(
+        ValueError,
+        match=r"same bands, unit and dtype in all files, got B04, B08 in dn, int32 in chips/s2/k7.tif, and .*uint16 in",
+    ):
+        plan("part", splits="chips.csv")
+
+
+def test_masks_on_another_grid_are_found_before_any_pixel_is_read(chips):
+    ids = np.zeros((1, SIZE, SIZE), np.uint8)
+    write_geotiff(chips / "masks/k2.tif", ids, origin=(ORIGIN[0] + 320, ORIGIN[1]))
+    write_geotiff(chips / "masks/k3.tif", ids, origin=(ORIGIN[0] + 320, ORIGIN[1]))
+    with pytest.raises(ValueError, match="`labels` must share one pixel grid in a row, got masks/k3.tif"):
+        plan("part", S1, splits="chips.csv", labels="masks/{key}.tif")
+
+
+def test_labels_are_hidden_where_the_image_has_no_data(chips):
+    pixels = np.full((2, SIZE, SIZE), -12, np.float32)
+    pixels[:, :4] = np.nan
+    write_geotiff(chips / "chips/s1/k0.tif", pixels, ["VV", "VH"])
+    write_geotiff(chips / "masks/k0.tif", np.full((1, SIZE, SIZE), 5, np.uint8))
+    counts = write_folder(plan("part", S1, splits="chips.csv", labels="masks/{key}.tif"), chips / "out", "masks")
+    found = read(chips / "out/masks")["k0"][1]["target"].pixels[0]
+    assert (found[:4] == 255).all() and (found[4:] == 5).all()
+    assert counts["train"].labels == {5: 12 * SIZE}
 
 
 def test_chips_without_a_place(chips):
@@ -276,6 +305,13 @@ def test_blocks_are_dealt_whole_and_seeded(chips):
     assert [row.split for row in again.rows] != [row.split for row in planned.rows]
 
 
+def test_an_unknown_word_in_an_official_split_is_no_group(chips):
+    text = (chips / "chips.csv").read_text().replace("test", "holdout")
+    (chips / "chips.csv").write_text(text)
+    with pytest.raises(ValueError, match="`split_by` must be a column of splits or of groups, .* and also holdout"):
+        plan("part", splits="chips.csv")
+
+
 def test_columns_that_cannot_split(chips):
     with pytest.raises(ValueError, match="`split_by` must be a column of a CSV, or block:5km, got 'region' without"):
         plan("region")
@@ -289,7 +325,7 @@ def test_columns_that_cannot_split(chips):
 def test_footprints_that_overlap_across_splits(chips):
     chip(chips / "chips/s1/k1.tif", 2, seed=1)
     with pytest.raises(
-        ValueError, match=re.escape("got 1 pairs that do not: k1 (train) and k2 (val). Split by larger blocks")
+        ValueError, match=re.escape("got 1 pairs that do not: k1 (train) and k2 (val). Split by place where")
     ):
         plan("part", S1, splits="chips.csv")
     planned = plan("part", S1, splits="chips.csv", allow_overlap=True)
@@ -297,6 +333,41 @@ def test_footprints_that_overlap_across_splits(chips):
     chip(chips / "chips/s1/k1.tif", 1)
     planned = plan("part", S1, splits="chips.csv")
     assert "overlap: no footprint overlaps one of another split (9 compared)" in planned.said
+
+
+@pytest.fixture
+def strip(tmp_path, monkeypatch):
+    """Chips of 160 m at every 80 m: each overlaps its neighbours, b is seen twice."""
+    monkeypatch.chdir(tmp_path)
+    splits = {"a": "train", "b": "train", "c": "val", "d": "val", "e": "test"}
+    for number, key in enumerate(splits):
+        chip(tmp_path / f"s1/{key}.tif", number, origin=(ORIGIN[0] + number * 80, ORIGIN[1]))
+    chip(tmp_path / "s1/b_again.tif", 1, seed=1, origin=(ORIGIN[0] + 80, ORIGIN[1]))
+    lines = [f"{key},{split}" for key, split in (splits | {"b_again": "train"}).items()]
+    (tmp_path / "splits.csv").write_text("\n".join(["key,part", *lines]))
+    return tmp_path
+
+
+def test_chips_cut_with_an_overlap_leave_their_borders_out(strip):
+    with pytest.raises(ValueError, match="`split_by` must keep footprints that overlap in one .* --drop-overlap"):
+        plan("part", "s1=s1/{key}.tif", splits="splits.csv")
+    planned = plan("part", "s1=s1/{key}.tif", splits="splits.csv", drop_overlap=True)
+    # d overlaps e; then b, twice, overlaps c, which stays.
+    assert {row.key: row.split for row in planned.rows} == {"a": "train", "c": "val", "e": "test"}
+    said = "\n".join(planned.said)
+    assert "overlap: 1 (d) of val overlap another split and are left out" in said
+    assert "overlap: 2 (b, b_again) of train overlap another split and are left out" in said
+    assert "overlap: no footprint overlaps one of another split (3 compared)" in said
+    words = ["shards", "folder", "--input", "s1=s1/{key}.tif", "--splits", "splits.csv", "--split-by", "part"]
+    main([*words, "--drop-overlap", "--out", "shards"])
+    assert sorted(read(strip / "shards/s1")) == ["a", "c", "e"]
+
+
+def test_borders_that_are_all_there_is(strip):
+    text = (strip / "splits.csv").read_text()
+    (strip / "splits.csv").write_text(text.replace("a,train\n", ""))
+    with pytest.raises(ValueError, match="`drop_overlap` must leave rows in every split, got none in train. Split by"):
+        plan("part", "s1=s1/{key}.tif", splits="splits.csv", drop_overlap=True)
 
 
 # The command

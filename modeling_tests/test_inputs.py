@@ -1,13 +1,23 @@
 """One grammar of inputs, and files that say more or less about their bands, masks and factors."""
 
 import dataclasses
+import math
 
 import numpy as np
+import pyproj
 import pytest
 import rasterio
 
 from geotiff_files import ORIGIN, write_geotiff
-from msgfm_hf.data.geotiff import read_header, read_image, same_grid, write_mask
+from msgfm_hf.data.geotiff import (
+    has_true_metres,
+    held_nodata,
+    physical_factors,
+    read_header,
+    read_image,
+    same_grid,
+    write_mask,
+)
 from msgfm_hf.data.inputs import Input, input_header, input_levels, parse_input, parse_inputs, read_input
 
 
@@ -103,6 +113,46 @@ def test_a_band_the_caller_names_is_a_band_too(tmp_path):
     assert np.array_equal(image.pixels, ramp(3))
 
 
+def test_names_of_the_caller_overrule_colours_that_nobody_gave(tmp_path):
+    """GDAL calls the bands of any three or four bytes per pixel red, green, blue and alpha."""
+    three = write_geotiff(tmp_path / "a.tif", ramp(3))
+    assert read_header(three).bands == ["red", "green", "blue"] and read_header(three).coloured
+    image = read_input(parse_input(f"s2={three},level=l2a,offset=0,bands=B02+B03+B04"))
+    assert image.bands == ["B02", "B03", "B04"] and np.array_equal(image.pixels, ramp(3))
+    image = read_input(parse_input(f"naip={three},bands=nir+red+green"))
+    assert image.bands == ["nir", "red", "green"] and np.array_equal(image.pixels, ramp(3))
+    described = read_header(write_geotiff(tmp_path / "b.tif", ramp(3), ["B04", "B03", "B02"]))
+    assert not described.coloured and not described.named(["B02", "B03", "B04"]).coloured
+
+
+def test_near_infrared_in_the_fourth_byte_is_asked_for(tmp_path):
+    four = write_geotiff(tmp_path / "a.tif", ramp(4))
+    assert read_header(four).alpha == 3
+    with pytest.raises(
+        ValueError,
+        match=r"`bands` must name the 4 bands of .*a.tif in file order, got the colours red, green, blue, alpha. "
+        r"Add ,bands=red\+green\+blue\+nir to --input naip=",
+    ):
+        read_input(parse_input(f"naip={four}"))
+    image = read_input(parse_input(f"naip={four},bands=red+green+blue+nir"))
+    assert image.bands == ["red", "green", "blue", "nir"] and image.nodata is None
+    assert np.array_equal(image.pixels, ramp(4))
+    # Three names of four bands: the fourth is alpha, as GDAL says.
+    assert read_input(parse_input(f"naip={four},bands=nir+red+green")).pixels.shape[0] == 3
+    picture = read_input(parse_input(f"rgb={four}"))
+    assert picture.bands == ["red", "green", "blue"]
+    assert np.array_equal(picture.valid_mask(), ramp(4)[3] != 0)
+    with pytest.raises(ValueError, match="`names` must name the 4 bands of .*a.tif, got the colours red, green, blue"):
+        read_image(four, "naip")
+
+
+def test_colours_do_not_tell_what_a_sensor_of_other_bands_holds(tmp_path):
+    path = write_geotiff(tmp_path / "a.tif", ramp(3))
+    with pytest.raises(ValueError, match=r"must name the 3 bands of .*got the colours red.* Add ,bands=NAME\+NAME"):
+        read_input(parse_input(f"naip={path}"))
+    assert read_input(parse_input(f"rgb={path}")).bands == ["red", "green", "blue"]
+
+
 def test_a_file_without_names_says_what_to_type(tmp_path):
     path = write_geotiff(tmp_path / "a.tif", ramp(2, "float32") - 300)
     with pytest.raises(
@@ -160,6 +210,40 @@ def test_bands_of_several_scales_are_refused(tmp_path):
         read_image(path, "s1")
 
 
+def test_the_scale_of_a_band_that_is_not_used_does_not_matter(tmp_path):
+    path = write_geotiff(tmp_path / "a.tif", ramp(3, "uint16"), ["SCL", "B04", "B08"])
+    with rasterio.open(path, "r+") as file:
+        file.scales, file.offsets = (1.0, 1e-4, 1e-4), (0.0, -0.1, -0.1)
+    image = read_input(parse_input(f"s2={path},level=l2a,bands=B08+B04"))
+    assert (image.scale, image.offset) == pytest.approx((1e-4, -0.1))
+    assert physical_factors(read_header(path), "s2", picked=[0])[1] == 1.0
+    with pytest.raises(ValueError, match="`scale` must be one number for all bands"):
+        physical_factors(read_header(path), "s2")
+
+
+def test_alpha_counts_beside_a_nodata_value(tmp_path):
+    pixels = ramp(4) + 1
+    pixels[3] = 255
+    pixels[3, :3] = 0
+    path = write_geotiff(tmp_path / "a.tif", pixels, photometric="RGB", alpha="yes", nodata=0)
+    header = read_header(path)
+    assert header.masked and header.nodata == 0
+    valid = read_input(parse_input(f"rgb={path}")).valid_mask()
+    assert valid[3:].all() and not valid[:3].any()
+
+
+def test_a_nodata_value_that_no_pixel_can_have_is_none(tmp_path):
+    mask = np.full((6, 8), 255, np.uint8)
+    mask[0, 0] = 0
+    path = write_geotiff(tmp_path / "a.tif", ramp(3) + 1, mask=mask)
+    image = read_input(parse_input(f"rgb={path},nodata=-9999"))
+    assert np.argwhere(~image.valid_mask()).tolist() == [[0, 0]] and image.nodata == 0
+    for value, dtype in ((-9999, "uint8"), (256, "uint8"), (0.5, "int16"), (np.nan, "int16"), (-np.inf, "int32")):
+        assert held_nodata(value, dtype) is None
+    for value, dtype in ((255.0, "uint8"), (-9999, "int16"), (-9999, "float32"), (None, "uint8"), (None, "float32")):
+        assert held_nodata(value, dtype) == value
+
+
 def test_a_mask_takes_a_value_that_is_free():
     pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16)
     valid = np.ones((16, 16), bool)
@@ -199,5 +283,48 @@ def test_feet_and_degrees_become_metres(tmp_path):
     feet = read_header(write_geotiff(tmp_path / "a.tif", ramp(1), crs="EPSG:2994", gsd=2.0))
     assert feet.gsd == pytest.approx(0.6096)
     degrees = read_header(write_geotiff(tmp_path / "b.tif", ramp(1), crs="EPSG:4326", origin=(3, 51), gsd=0.001))
-    assert degrees.gsd == pytest.approx(111.195)
+    assert degrees.gsd == pytest.approx(true_side(3.004, 50.997, 0.001, 0.001), rel=3e-3)
     assert dataclasses.replace(degrees, crs=None).gsd is None
+
+
+def true_side(lon, lat, width, height):
+    """Side in metres of a square as large as a box of degrees, on the ellipsoid (Karney's geodesics, by pyproj)."""
+    west, east, south, north = lon - width / 2, lon + width / 2, lat - height / 2, lat + height / 2
+    area, _ = pyproj.Geod(ellps="WGS84").polygon_area_perimeter([west, east, east, west], [south, south, north, north])
+    return math.sqrt(abs(area))
+
+
+@pytest.mark.parametrize(
+    "crs", ["EPSG:4326", "EPSG:4979", "EPSG:4807", "EPSG:3857", "EPSG:900913", "EPSG:3395", "EPSG:3994", "EPSG:32662"]
+)
+def test_pixels_far_from_the_equator_are_measured_on_the_ground(tmp_path, crs):
+    projection = pyproj.Transformer.from_crs("EPSG:4326", crs, always_xy=True)
+    (left, right), (bottom, top) = projection.transform([5.0, 5.001], [60.0, 60.001])
+    header = read_header(
+        write_geotiff(tmp_path / "a.tif", ramp(1), crs=crs, origin=(left, top), gsd=(right - left) / 8)
+    )
+    # The pixel is square in the units of the file.
+    height = 0.001 * (right - left) / (top - bottom)
+    assert header.gsd == pytest.approx(true_side(5.0005, 60.0005, 0.001, height) / 8, rel=5e-3)
+    assert not has_true_metres(header.crs)
+
+
+def test_metres_and_feet_are_true_where_the_projection_keeps_them():
+    for crs in ("EPSG:32631", "EPSG:2994", "EPSG:27700", "EPSG:3035", "EPSG:25832+7837"):
+        assert has_true_metres(rasterio.crs.CRS.from_user_input(crs))
+
+
+def test_heights_make_no_other_grid(tmp_path):
+    flat = read_header(write_geotiff(tmp_path / "a.tif", ramp(1), crs="EPSG:25832"))
+    high = read_header(write_geotiff(tmp_path / "b.tif", ramp(1), crs="EPSG:25832+7837"))
+    assert flat.crs != high.crs and same_grid(flat, high) and same_grid(high, flat)
+    other = read_header(write_geotiff(tmp_path / "c.tif", ramp(1), crs="EPSG:25833+7837"))
+    assert not same_grid(flat, other)
+
+
+def test_a_local_system_is_no_place_on_the_map(tmp_path):
+    path = write_geotiff(tmp_path / "a.tif", ramp(3), crs='LOCAL_CS["site",UNIT["metre",1]]')
+    header = read_header(path)
+    assert header.crs is None and header.gsd is None and header.transform is None
+    image = read_input(parse_input(f"rgb={path}"))
+    assert image.crs is None and np.array_equal(image.pixels, ramp(3))

@@ -4,6 +4,8 @@ import json
 
 import geopandas
 import numpy as np
+import pandas
+import pyogrio
 import pytest
 import shapely
 
@@ -11,8 +13,16 @@ from geotiff_files import ORIGIN, UTM, write_geotiff
 from msgfm_hf.data.geotiff import read_header
 from msgfm_hf.data.inputs import parse_input, read_input
 from msgfm_hf.data.inspect import inspect_shards
-from msgfm_hf.data.labels import MaskLabels, TableLabels, VectorLabels, check_grid, read_key_table
-from msgfm_hf.data.shards import ShardRow, ShardSource, ShardWriter, shard_schema
+from msgfm_hf.data.labels import (
+    MaskLabels,
+    TableLabels,
+    VectorLabels,
+    check_grid,
+    class_map,
+    hide_invalid,
+    read_key_table,
+)
+from msgfm_hf.data.shards import ShardImage, ShardRow, ShardSource, ShardWriter, shard_schema
 
 X, Y = ORIGIN
 
@@ -36,9 +46,33 @@ def test_the_column_of_keys_is_found(tmp_path):
     assert read_key_table(path, ["a", "b"]).column == "key"
     table = read_key_table(path, ["x2", "x9"])
     assert table.column == "chip"
-    assert table.values("cover", ["x1", "x2", "x9"]) == {"x1": "crop", "x2": "town"}
+    assert table.values("cover", ["x1", "x2", "x9"]) == {"x2": "town"}
     with pytest.raises(ValueError, match=r"`column` must be one of those of .*a.csv, chip, key, cover, got 'class'"):
         table.values("class", ["x1"])
+
+
+def test_the_column_in_which_most_keys_occur_wins(tmp_path):
+    """The folds 1 to 5 are also tiles; `fold` comes first."""
+    lines = [f"{number % 5 + 1},{number},crop" for number in range(1, 21)]
+    path = write_table(tmp_path / "a.csv", "\n".join(["fold,tile,cover", *lines]))
+    table = read_key_table(path, [str(number) for number in range(1, 31)])
+    assert table.column == "tile" and table.said == f"{path}: 20 of 30 keys found in column 'tile'"
+    assert TableLabels(table, "cover", ["7"]).said[0] == table.said
+    path = write_table(tmp_path / "b.csv", "other,name\na,b\nb,a\n")
+    assert read_key_table(path, ["a", "b"]).column == "other"
+
+
+def test_tables_as_other_programs_write_them(tmp_path):
+    """pandas writes an index without a name; spreadsheets leave empty rows and spaces."""
+    path = write_table(tmp_path / "a.csv", ",key , cover\n0,a,crop\n1,b, town\n,,\n,,\n3,c,x,beyond\n")
+    table = read_key_table(path, ["a", "b"])
+    assert table.columns == ["key", "cover"]
+    assert table.values("cover", ["a", "b", ""]) == {"a": "crop", "b": "town"}
+
+
+def test_a_key_that_nobody_asked_for_may_come_twice(tmp_path):
+    path = write_table(tmp_path / "a.csv", "key,cover\na,crop\nz,crop\nz,town\n")
+    assert read_key_table(path, ["a", "b"]).values("cover", "ab") == {"a": "crop"}
 
 
 @pytest.mark.parametrize(
@@ -49,6 +83,7 @@ def test_the_column_of_keys_is_found(tmp_path):
             "`labels` must have a column with the keys .* such as 'a', got .* with key='c', cover=",
         ),
         ("key,cover\n", "`labels` must have a column with the keys .* with no rows"),
+        ("", "`labels` must have a column with the keys .* with no rows"),
         ("key,cover\na,crop\na,town\n", "`labels` must name each key once, got 'a' twice in 'key' of .*a.csv"),
     ],
 )
@@ -74,7 +109,7 @@ def table(tmp_path):
 
 def test_a_class_a_list_and_a_number_are_told_apart(table, grid):
     classes = TableLabels(table, "cover", "abc")
-    assert classes.kind == "class" and "read as class" in classes.said[0]
+    assert classes.kind == "class" and "read as class" in classes.said[-1]
     assert [classes.read(key, grid) for key in "abc"] == [(["crop"], None), (["town"], None), (None, None)]
     assert [classes.has(key) for key in "abc"] == [True, True, False]
     lists = TableLabels(table, "tags", "abc")
@@ -155,6 +190,24 @@ def test_grids_that_differ_name_the_way_out(tmp_path, grid):
         check_grid(other, grid)
 
 
+def test_the_mask_is_named_where_it_is_at_fault(tmp_path, grid):
+    path = str(write_geotiff(tmp_path / "b.tif", np.zeros((1, 3, 4), np.uint8)))
+    with pytest.raises(ValueError, match="`labels` must share one pixel grid in a row, got .*b.tif with 3 x 4 pixels"):
+        MaskLabels({"a": path}).check("a", grid)
+
+
+def test_there_is_no_label_where_no_image_has_data(grid):
+    target = class_map(np.full((6, 8), 3, np.uint8), grid)
+    one, other = (np.ones((1, 6, 8), np.float32) for _ in range(2))
+    one[0, :2] = np.nan
+    other[0, 1:] = np.nan
+    images = [ShardImage(pixels, ["height"], "metres") for pixels in (one, other)]
+    hidden = hide_invalid(target, images[:1])
+    assert (hidden.pixels[0, :2] == 255).all() and (hidden.pixels[0, 2:] == 3).all() and hidden.pixels.dtype == np.uint8
+    # Row 0 is seen by the other image.
+    assert np.flatnonzero((hide_invalid(target, images).pixels[0] == 255).all(axis=1)).tolist() == [1]
+
+
 # Shapes
 
 
@@ -199,6 +252,13 @@ def test_shapes_without_a_class_are_left_out_and_said(tmp_path):
     assert labels.classes == ["rye"] and "1 shapes of 1 classes" in labels.said[0] and "2 without" in labels.said[0]
 
 
+def test_a_table_beside_the_layer_of_shapes_is_no_layer(tmp_path):
+    """QGIS keeps its styles in one."""
+    path = shapes(tmp_path / "a.gpkg", [shapely.Point(X, Y)], crop=["rye"])
+    pyogrio.write_dataframe(pandas.DataFrame({"style": ["red"]}), path, layer="layer_styles")
+    assert VectorLabels(path, "crop").classes == ["rye"]
+
+
 def test_shapes_that_cannot_be_used(tmp_path, grid):
     point = [shapely.Point(X, Y)]
     with pytest.raises(ValueError, match="`labels` must be a CSV, a mask glob .* got .*missing.gpkg"):
@@ -215,6 +275,13 @@ def test_shapes_that_cannot_be_used(tmp_path, grid):
         VectorLabels(lines, "crop")
     with pytest.raises(ValueError, match="`label` must name from 1 to 255 classes, got 256 in 'crop'"):
         VectorLabels(shapes(tmp_path / "d.gpkg", point * 256, crop=[f"crop{n}" for n in range(256)]), "crop")
+    two = shapes(tmp_path / "two.gpkg", point, crop=["rye"])
+    geopandas.GeoDataFrame({"crop": ["oats"]}, geometry=point, crs=UTM).to_file(two, layer="last_year")
+    with pytest.raises(ValueError, match="`labels` must have one layer of shapes, got two, last_year in .*two.gpkg"):
+        VectorLabels(two, "crop")
+    (tmp_path / "empty.geojson").write_text('{"type": "FeatureCollection", "features": []}')
+    with pytest.raises(ValueError, match="`labels` must have points or polygons, got none in .*empty.geojson"):
+        VectorLabels(tmp_path / "empty.geojson", "crop")
     placeless = read_header(write_geotiff(tmp_path / "e.tif", np.zeros((1, 6, 8), np.uint8), crs=None))
     with pytest.raises(ValueError, match=r"`labels` from shapes must meet images with a place .* got none in .*e.tif"):
         VectorLabels(path, "crop").read("a", placeless)
@@ -237,6 +304,17 @@ def test_shards_carry_the_names_of_classes(tmp_path, grid):
     report = inspect_shards(tmp_path / "out")
     assert "classes: 0 rye" in report and "map val: rye 50 %, unlabelled 50 %" in report
     assert "labels train: rural 1; 0 rows without" in report
+
+
+def test_masks_without_names_are_reported_by_id(tmp_path, grid):
+    image = read_input(parse_input(f"dsm={grid.path}"))
+    pixels = np.full((6, 8), 7, np.uint8)
+    pixels[:, :2], pixels[0, 7] = 4, 255
+    with ShardWriter(tmp_path / "out", "fields", ["dsm"]) as writer:
+        writer.write(ShardRow("a", "fields", "train", "a", {"dsm": image}, target=class_map(pixels, grid)))
+        writer.write(ShardRow("b", "fields", "val", "b", {"dsm": image}))
+    report = inspect_shards(tmp_path / "out")
+    assert "map train: id 4 25 %, id 7 72.9 %, unlabelled 2.08 %" in report
 
 
 def test_more_classes_than_ids():

@@ -74,6 +74,10 @@ def test_the_city_trains_without_the_areas_that_are_held_out(root, tmp_path, cap
     assert [key for key, split in splits.items() if split == "val"] == ["sub_area_2_r00000_c00000"]
     assert f"left out {len(touched)}: tiles of the city that touch sub_area_1 or sub_area_2" in said
     assert "left out 1: tiles of sub_area_3, which are in the city" in said
+    # Of 3 x 4 tiles and a rest: a fourth row and a fifth column that no tile fills.
+    assert "left out 8: places at the right and lower edge of entire_city, which fill no tile" in said
+    assert "left out 3: places at the right and lower edge of sub_area_2, which fill no tile" in said
+    assert "edge of sub_area_3" not in said
     held_out = [row["bounds"] for split, row in found.values() if split != "train"]
     for split, row in found.values():
         west, south, east, north = row["bounds"]

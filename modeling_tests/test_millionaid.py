@@ -6,6 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from geotiff_files import write_geotiff
 from msgfm_hf.cli import main
 from msgfm_hf.data.archive import convert_archive, hashed_fraction, read_picture
 from msgfm_hf.data.millionaid import MillionAid
@@ -72,6 +73,16 @@ def test_a_hundredth_validates(tmp_path):
     held_out = {name for name in names if hashed_fraction(name) < 0.01}
     assert {key for key, split in listed.items() if split == "val"} == held_out and 0 < len(held_out) < 12
     assert set(listed.values()) == {"train", "val"}
+
+
+@pytest.mark.parametrize("options", [{"driver": "PNG"}, {}, {"compress": "deflate"}])
+@pytest.mark.parametrize("bands", [3, 4])
+def test_pictures_of_sixteen_bits_are_refused(tmp_path, options, bands):
+    pixels = np.random.default_rng(0).integers(0, 65_536, (bands, 20, 30), dtype=np.uint16)
+    colours = {"photometric": "RGB"} if "driver" not in options else {}
+    path = write_geotiff(tmp_path / "deep.tif", pixels, crs=None, **options, **colours)
+    with pytest.raises(ValueError, match=r"`path` must be a whole picture of 8 bits .* of mode RGB.?;16"):
+        read_picture(path)
 
 
 def test_large_pictures_are_averaged_down_by_a_whole_factor(tmp_path):

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from msgfm_hf.data.shards import ShardImage, ShardRow, ShardSource, ShardWriter
 from msgfm_hf.model.sensors import SENSORS
 from msgfm_hf.tasks.reconstruction import evaluate_reconstruction, masked_crops, training_statistics
 from msgfm_hf.train import pretrain as pretrain_module
-from msgfm_hf.train.checkpoint import CheckpointError, find_checkpoints
+from msgfm_hf.train.checkpoint import CheckpointError, find_checkpoints, only_writer
 from msgfm_hf.train.pictures import display_bands, draw_losses, draw_reconstruction, read_metrics
 from msgfm_hf.train.pretrain import Mixture, main, make_missing_data, pretrain
 from msgfm_hf.train.recipe import build_recipe
@@ -513,7 +514,45 @@ def test_a_signal_in_the_last_step_still_gives_a_finished_run(data, tmp_path, mo
     assert "band mean (step 4)" in said
 
 
+def test_a_scheduler_may_signal_again_and_again(alone, tmp_path, monkeypatch):
+    """Launcher and scheduler both send SIGTERM, a terminal and a launcher both send SIGINT."""
+    setter, calls = pretrain_module.set_learning_rate, []
+
+    def signalling(*args):
+        calls.append(1)
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGINT) if len(calls) == 3 else ():
+            os.kill(os.getpid(), number)
+        return setter(*args)
+
+    monkeypatch.setattr(pretrain_module, "set_learning_rate", signalling)
+    result, _ = run(quick(alone, tmp_path / "run"))
+    assert result["step"] == 3 and find_checkpoints(tmp_path / "run")[0].step == 3
+
+
+def test_a_signal_to_all_processes_of_a_run_with_workers_still_saves(alone, tmp_path):
+    """A scheduler signals the processes that read data too; the run needs them to finish its step."""
+    recipe = quick(alone, tmp_path / "run", dataloader_num_workers=2, max_steps=100_000, save_steps=100_000)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps({name: getattr(recipe, name) for name in recipe.__dataclass_fields__}))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "msgfm_hf.train.pretrain", "--recipe", str(file)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    metrics_file = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (metrics_file.exists() and metrics_file.read_text().count("\n") > 3):
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said[-2000:]
+    assert find_checkpoints(tmp_path / "run")[0].step > 3
+
+
 def test_a_second_signal_stops_at_once(alone, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain_module, "_IMPATIENT_SECONDS", 0)
     setter = pretrain_module.set_learning_rate
 
     def twice(*args):
@@ -530,6 +569,25 @@ def test_the_callers_signals_are_given_back(alone, tmp_path):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     run(quick(alone, tmp_path / "run", max_steps=1))
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_two_runs_do_not_share_a_folder(alone, tmp_path):
+    (tmp_path / "run").mkdir()
+    with (
+        only_writer(tmp_path / "run"),
+        pytest.raises(CheckpointError, match="`output_dir` must be of one run at a time"),
+    ):
+        pretrain(quick(alone, tmp_path / "run"))
+    assert list((tmp_path / "run").iterdir()) == []
+    result, _ = run(quick(alone, tmp_path / "run", max_steps=2))
+    assert result["finished"] and not (tmp_path / "run" / ".lock").exists()
+
+
+def test_processes_that_see_other_things_are_refused(alone, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain_module, "gathered", lambda accelerator, members: [*members, (4, 8, 0)])
+    with pytest.raises(ValueError, match="`output_dir`, `data` and the recipe must be the same for all processes, got"):
+        pretrain(quick(alone, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_stays_finished(alone, tmp_path):
@@ -742,6 +800,11 @@ def test_a_stop_for_a_bad_loss_can_go_on_with_skipping(alone, tmp_path, monkeypa
             pretrain(recipe)
         result, _ = run(quick(alone, tmp_path / "run", on_bad_loss="skip"), resume=True)
     assert result["finished"]
+    # Why it stopped is still there, and what was changed for going on.
+    events = [line["event"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "event" in line]
+    assert events == ["stopped", "skipped"]
+    (leg,) = json.loads((tmp_path / "run" / "run.json").read_text())["resumed"]
+    assert leg["recipe"] == {"on_bad_loss": "skip"}
 
 
 # Several batches a step, trackers, rehearsals
@@ -762,6 +825,12 @@ def test_a_damaged_newest_checkpoint_is_passed_over(alone, tmp_path, caplog):
     result, _ = run(quick(alone, tmp_path / "run"), resume=True)
     assert result["finished"] and f"{newest.path} is damaged and passed over" in caplog.text
     assert_same_run(tmp_path / "run", tmp_path / "whole", 8)
+    # Out of the way, so that it does not count among the checkpoints that stay.
+    assert sorted(path.name for path in newest.path.parent.iterdir()) == [
+        "step-00000004",
+        "step-00000008",
+        "step-00000008.damaged",
+    ]
 
 
 def test_trackers_are_told_what_the_metrics_say(alone, tmp_path, monkeypatch):
@@ -874,6 +943,7 @@ def test_a_stream_trains_beside_shards_and_goes_on_exactly(core, alone, tmp_path
     "changes, message",
     [
         ({"dataloader_num_workers": 2}, "`dataloader_num_workers` must be 0 with `streams`"),
+        ({"sensors": ["s1"]}, "`sensors` must be left out with `streams`"),
         ({"streams": {}}, "`data` must name at least one folder of shards"),
         (
             {"streams": {"majortom": {"paths": {}}}},

@@ -501,6 +501,38 @@ def test_arguments_out_of_range_are_refused(radar_model, world, tmp_path, option
     assert not list(tmp_path.iterdir())
 
 
+def test_a_former_reconstruction_is_replaced_whole(shards, radar_model, world, tmp_path):
+    reconstruct(radar_model, tmp_path / "out", shards=shards, rows=1)
+    assert [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
+    kept = tmp_path / "out" / "notes.txt"
+    kept.write_text("mine")
+    report = reconstruct(radar_model, tmp_path / "out", inputs(world, "s2"))
+    expected = {entry["file"] for entry in report["places"][0]["directions"]}
+    expected |= {"reconstruction.json", "reconstruction.png", "notes.txt"}
+    found = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*")}
+    assert found - {"sar_statistics.png"} == expected
+
+
+@pytest.mark.parametrize("numbers", [None, "[]", '{"places": [{}]}', "{"])
+def test_a_folder_of_something_else_is_left_alone(radar_model, world, tmp_path, numbers):
+    (tmp_path / "thesis.tif").touch()
+    if numbers is not None:
+        (tmp_path / "reconstruction.json").write_text(numbers)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="`out` must be new, empty, or the folder of a former reconstruction, got"):
+        reconstruct(radar_model, tmp_path, inputs(world, "s2"))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_files_outside_the_folder_are_not_removed(radar_model, world, tmp_path):
+    (tmp_path / "thesis.tif").touch()
+    (tmp_path / "out").mkdir()
+    record = {"places": [{"directions": [{"file": "../thesis.tif"}]}]}
+    (tmp_path / "out" / "reconstruction.json").write_text(json.dumps(record))
+    reconstruct(radar_model, tmp_path / "out", inputs(world, "s2"))
+    assert (tmp_path / "thesis.tif").exists()
+
+
 def test_out_must_be_a_folder(radar_model, world, tmp_path):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(ValueError, match="`out` must be a folder, got the file"):

@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import math
 import shutil
 import sys
 
@@ -314,7 +315,8 @@ def test_bands_are_picked_by_name_and_extra_ones_only_when_asked(tmp_path):
     np.testing.assert_array_equal(image.pixels, pixels[[3, 2]])
     assert (image.units, image.nodata, image.crs) == ("dn", 7, "EPSG:4326")
     assert image.transform == [5.0, 0.0001, 0.0, 50.0, 0.0, -0.0001]
-    assert image.gsd == pytest.approx(11.1, abs=0.05)  # a ten-thousandth of a degree of latitude
+    # A ten-thousandth of a degree at 50 degrees north: 11.12 m of latitude by 7.17 m of longitude (WGS 84).
+    assert image.gsd == pytest.approx(math.sqrt(11.12 * 7.17), abs=0.05)
     assert wgs84_bounds(image) == pytest.approx([5.0, 49.9998, 5.0003, 50.0])
     named = read_image(path, "s2", names=["B05", "B06", "B07", "B8A"], unit="reflectance")
     assert named.bands == ["B05", "B06", "B07", "B8A"] and (named.scale, named.offset) == (1.0, 0.0)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import rasterio
 import shapely
+from rasterio.env import get_gdal_config
 from rasterio.warp import transform
 
 from geotiff_files import ORIGIN, UTM, write_geotiff
@@ -129,6 +130,63 @@ def test_a_finer_scene_is_averaged(scene):
         assert np.allclose(row["images"]["dsm"].pixels[0], means[top : top + 8, left : left + 8], atol=1e-4)
 
 
+def power_means(decibels, factor):
+    """Decibels of the mean power of squares of pixels."""
+    bands, height, width = decibels.shape
+    cut = decibels.reshape(bands, height // factor, factor, width // factor, factor)
+    return 10 * np.log10((10 ** (cut.astype(np.float64) / 10)).mean(axis=(2, 4)))
+
+
+@pytest.mark.parametrize("stored", ["decibels", "hundredths", "alpha"])
+def test_decibels_are_averaged_as_power(scene, stored):
+    noise = 10 * np.log10(np.random.default_rng(0).exponential(0.05, (2, SIDE, SIDE)) + 1e-4)
+    decibels, options, holes = noise.astype(np.float32), "", {"nodata": -9999}
+    if stored == "hundredths":
+        decibels, options = (100 * noise).round().astype(np.int16), ",unit=dn,scale=0.01,offset=0"
+    means = power_means(decibels / (100 if options else 1), 4)
+    decibels[:, :4, 4:8] = 0 if stored == "alpha" else -9999
+    if stored == "alpha":
+        alpha = np.ones((1, SIDE, SIDE), np.float32)
+        alpha[:, :4, 4:8] = 0
+        # GDAL takes the first band beyond grey for alpha.
+        decibels, holes = np.concatenate([decibels[:1], alpha, decibels[1:]]), {"alpha": "yes"}
+    names = ["VV", "", "VH"] if stored == "alpha" else ["VV", "VH"]
+    write_geotiff(scene / "a.tif", decibels, names, gsd=1.0, **holes)
+    plan, _, _ = make(
+        "out", f"s1=a.tif{options}", gsd=4.0, split_by="block:64m", size=8, min_valid=0.5, shares="0.5,0.25,0.25"
+    )
+    assert "s1: average of linear power from 1 m" in plan.said
+    rows = read("out/scene")
+    assert len(rows) == 16 and [path.name for path in (scene / "out").iterdir()] == ["scene"]
+    for (top, left), (_, row) in rows.items():
+        image = row["images"]["s1"]
+        valid = np.ones((8, 8), bool)
+        valid[0, 1] = (top, left) != (0, 0)
+        assert np.array_equal(image.valid_mask(), valid) and image.pixels.dtype == decibels.dtype
+        found = image.pixels * image.scale + image.offset
+        expected = means[:, top : top + 8, left : left + 8]
+        # A mean of decibels is lower by 2.5 dB.
+        assert np.abs(found - expected)[:, valid].max() < (0.006 if options else 1e-4)
+
+
+def test_decibels_that_stay_in_place_are_not_changed(scene):
+    decibels = np.random.default_rng(0).normal(-12, 3, (2, SIDE, SIDE)).astype(np.float32)
+    write_geotiff(scene / "a.tif", decibels, ["VV", "VH"], gsd=1.0)
+    make("out", "s1=a.tif")
+    for (top, left), (_, row) in read("out/scene").items():
+        assert np.array_equal(row["images"]["s1"].pixels, decibels[:, top : top + 16, left : left + 16])
+
+
+def test_damaged_decibels_leave_nothing(scene):
+    decibels = np.random.default_rng(0).normal(-12, 3, (2, SIDE, SIDE)).astype(np.float32)
+    path = write_geotiff(scene / "a.tif", decibels, ["VV", "VH"], gsd=1.0, compress="deflate")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:2000] + bytes(20_000) + whole[22_000:])
+    with pytest.raises(ValueError, match="`input` must be readable, got a.tif"):
+        make("out", "s1=a.tif", gsd=2.0, size=8)
+    assert list((scene / "out").iterdir()) == []
+
+
 def test_inputs_meet_on_the_grid_of_the_first(scene):
     """Heights that are a plane over the first input's coordinates, stored coarser and in the next zone."""
     ([left], [top]) = transform(UTM, "EPSG:32632", [X], [Y])
@@ -201,7 +259,7 @@ def test_metres_are_metres_where_the_map_is_in_feet(scene):
     assert plan.transform.a == pytest.approx(2.0) and plan.shape == (128, 128)
 
 
-@pytest.mark.parametrize("crs", ["EPSG:4326", "EPSG:3857"])
+@pytest.mark.parametrize("crs", ["EPSG:4326", "EPSG:3857", "EPSG:3395"])
 def test_units_that_are_no_metres_become_those_of_the_utm_zone(scene, crs):
     origin, gsd = ((4.44, 51.44), 1e-5) if crs == "EPSG:4326" else ((494_000, 6_700_000), 1.0)
     write_geotiff(scene / "a.tif", smooth(1, dtype=np.float32), crs=crs, gsd=gsd, origin=origin)
@@ -304,11 +362,32 @@ def test_a_damaged_scene_leaves_nothing(scene):
 
 # Memory and the command
 
+
+@pytest.mark.parametrize("gsd", [1.0, 4.0])
+def test_the_strips_of_a_row_of_tiles_stay_in_the_cache(scene, monkeypatch, gsd):
+    """Else each strip, as wide as the image, is decoded again for every tile of the row."""
+    seen = []
+
+    def watch(tiles, *_, **__):
+        for tile in tiles:
+            seen.append(get_gdal_config("GDAL_CACHEMAX"))
+            yield tile
+
+    monkeypatch.setattr("msgfm_hf.data.scenes.tqdm", watch)
+    make("usual", "dsm=dsm.tif", gsd=gsd, size=8)
+    assert seen[0] == 64 * 2**20  # bytes
+    seen.clear()
+    monkeypatch.setattr("msgfm_hf.data.scenes._CACHE", 0)
+    make("least", "dsm=dsm.tif", gsd=gsd, size=8)
+    rows, values = 8 * gsd, 4
+    assert 64 * 2**20 > seen[0] >= rows * SIDE * values
+
+
 MEASURE = """
 import resource, sys
 from msgfm_hf.data import scenes
 from msgfm_hf.data.inputs import parse_inputs
-scenes._CACHE = 8
+scenes._CACHE = 8 * 2**20
 plan = scenes.plan_scenes(parse_inputs(["rgb=" + sys.argv[1]]), 1.0, "block:1024m", size=256, shares="1,0,0")
 counts, _ = scenes.write_scenes(plan, sys.argv[2], "scene", min_valid=0.9)
 print(counts["train"].rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)

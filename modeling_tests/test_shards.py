@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import pickle
+import subprocess
+import sys
 
 import fsspec
 import numpy as np
@@ -341,6 +344,12 @@ def test_a_picture_of_another_size_is_found(tmp_path):
 # Refusals of the reader
 
 
+def test_brackets_in_a_path_are_no_pattern(tmp_path):
+    folder = write_rgb(tmp_path / "run [1]*", 2)
+    assert find_sources(folder) == [str(folder)] and find_sources(folder.parent) == [str(folder)]
+    assert len(ShardSource(folder)) == 2
+
+
 def test_a_folder_without_shards_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ValueError, match="`path` must be a folder of shards such as train-00000.parquet"):
@@ -424,6 +433,48 @@ def test_a_source_is_replaced_only_on_demand_and_only_when_whole(tmp_path):
     write_rgb(tmp_path, 3, overwrite=True)
     assert len(ShardSource(folder)) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
+@pytest.fixture(scope="module")
+def dead():
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_leftovers_of_killed_writers_are_removed(tmp_path, dead):
+    alive = os.getppid()
+    for name in (f".photos-{dead}", f".photos-2-{dead}", f".photos-{alive}"):
+        (tmp_path / f"{name}.partial").mkdir()
+        (tmp_path / f"{name}.partial" / "train-00000.parquet").touch()
+    write_rgb(tmp_path, 2)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == sorted([f".photos-2-{dead}.partial", f".photos-{alive}.partial", "photos"])
+
+
+def test_a_source_whose_replacement_was_killed_comes_back(tmp_path, dead):
+    former = write_rgb(tmp_path, 2).rename(tmp_path / f".photos-{dead}.former")
+    with pytest.raises(ValueError, match="`out_dir` must not hold the source already"):
+        write_rgb(tmp_path, 3)
+    assert len(ShardSource(tmp_path / "photos")) == 2 and not former.exists()
+    former.mkdir()  # one that was not removed in time
+    write_rgb(tmp_path, 3, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"] and len(ShardSource(tmp_path / "photos")) == 3
+
+
+def test_a_source_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    folder, replace = write_rgb(tmp_path, 2), os.replace
+
+    def break_off(source, goal):
+        if str(source).endswith(".partial"):
+            raise OSError("the disk is away")
+        replace(source, goal)
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="the disk is away"):
+        patched.setattr(os, "replace", break_off)
+        write_rgb(tmp_path, 3, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"] and len(ShardSource(folder)) == 2
 
 
 @pytest.mark.parametrize(

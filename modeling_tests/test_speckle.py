@@ -130,6 +130,23 @@ def test_normalised_pixels_are_compared_in_power():
         assert found[band]["before"]["percentiles_db"]["50"] == pytest.approx(np.median(decibels), abs=1e-3)
 
 
+def test_both_are_clipped_to_the_range_of_the_sensor():
+    """A prediction that exceeds what the original could not show is no rougher for it."""
+    processor, valid = MsGFMImageProcessor(), torch.ones(1, 20, 20, dtype=torch.bool)
+    power = torch.from_numpy(np.random.default_rng(1).gamma(4, 0.1 / 4, (1, 2, 20, 20))).float()
+    power[..., 0, :5] = 40.0  # 16 dB, beyond Sentinel-1's range
+    before = processor.radiometry(power, valid, "s1", unit="power").values[0]
+    mean, std = SENSORS["s1"].statistics(["VV", "VH"])
+    decibels = 10 * torch.log10(power[0])
+    after = (decibels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    assert after.max() > before.max() + 1
+    found = compare_backscatter(processor, "s1", ["VV", "VH"], None, before, after, valid[0])
+    for band in found.values():
+        assert band["ssi"] == pytest.approx(1, rel=1e-5)
+        assert band["after"]["mean"] == pytest.approx(band["before"]["mean"], rel=1e-5)
+        assert band["after"]["percentiles_db"] == pytest.approx(band["before"]["percentiles_db"], abs=1e-4)
+
+
 def test_only_the_pixels_that_count_are_looked_at():
     processor, generator = MsGFMImageProcessor(), torch.Generator().manual_seed(0)
     before, after = torch.randn(2, 2, 12, 12, generator=generator)

@@ -55,7 +55,18 @@ def test_a_column_of_split_names_is_the_split():
         "dev": "val",
         "TEST": "test",
     }
-    assert split_column(["train", "north"]) is None
+    assert split_column(["training", "eval", "testing"]) == {"training": "train", "eval": "val", "testing": "test"}
+    assert split_column(["north", "south"]) is None
+
+
+@pytest.mark.parametrize("other", ["unassigned", "holdout", "1"])
+def test_a_column_of_splits_and_other_words_is_never_dealt(other):
+    with pytest.raises(
+        ValueError, match=f"of splits or of groups, got test, train, val and also {other}. Rename these"
+    ):
+        split_column(["train", "val", "test", other])
+    with pytest.raises(ValueError, match="and also a0, a1, a2, a3, a4, .... Rename"):
+        split_column(["train", *(f"a{number}" for number in range(9))])
 
 
 @settings(max_examples=60, deadline=None)

@@ -35,6 +35,7 @@ def _shards(parser: argparse.ArgumentParser):
     folder.add_argument("--split-by", required=True, metavar="COLUMN|block:5km", help="column of the CSV, or blocks")
     folder.add_argument("--splits", metavar="CSV", help="where the column of --split-by is (default --labels)")
     folder.add_argument("--allow-overlap", action="store_true", help="accept footprints that overlap across splits")
+    folder.add_argument("--drop-overlap", action="store_true", help="leave out val over test, train over val and test")
     folder.set_defaults(run=_shards_folder)
     scenes = kinds.add_parser(
         "scenes",
@@ -153,6 +154,7 @@ def _shards_folder(arguments):
         shares=arguments.shares,
         seed=arguments.seed,
         allow_overlap=arguments.allow_overlap,
+        drop_overlap=arguments.drop_overlap,
     )
     print("\n".join(plan.said))
     name = arguments.name or "_".join(plan.inputs)
@@ -446,16 +448,16 @@ _DESCRIPTIONS = {
     "unlabelled.\n\n"
     "Splits go by place. --split-by COLUMN is the split where its values are train, val and test, and groups\n"
     "otherwise; block:5km makes groups of squares. Whole groups are dealt to splits. Footprints that overlap across\n"
-    "splits are an error.\n\n"
+    "splits are an error; chips cut with a regular overlap need --drop-overlap.\n\n"
     "  msgfm shards folder --input s1='chips/s1/{key}.tif' \\\n"
     "    --input s2='chips/s2/{key}.tif,level=l2a,offset=-1000' \\\n"
     "    --labels chips.csv --label crop --split-by region --out shards --name fields\n"
     "  msgfm shards folder --input rgb='tiles/**/{key}_rgb.tif' --labels 'tiles/**/{key}_mask.tif' \\\n"
     "    --split-by block:5km --out shards",
     "shards scenes": "Warps all inputs to one grid, coordinate system and origin of the first, and cuts tiles out of\n"
-    "what all cover: bilinear, or the average where several pixels fall into one. Alpha bands, masks and nodata are\n"
-    "invalid pixels. Whole blocks of tiles are dealt to splits. Memory is bounded by a tile; while it runs, --out\n"
-    "needs room for the shards twice.\n\n"
+    "what all cover: bilinear, or the average where several pixels fall into one; decibels as linear power. Alpha,\n"
+    "masks and nodata are invalid pixels. Whole blocks of tiles are dealt to splits. Memory is bounded by a row of\n"
+    "tiles; while it runs, --out needs room for the shards twice, and for decibels as float32.\n\n"
     "  msgfm shards scenes --input rgb=ortho.tif --input dsm=dsm.tif --gsd 0.10 --size 256 \\\n"
     "    --split-by block:100m --out shards --name village\n"
     "  msgfm shards scenes --input s2=scene.tif,level=l2a,offset=-1000 --gsd 10 --split-by block:10km \\\n"

@@ -6,6 +6,7 @@ a file is the unit of work: it appears whole or not at all, is never written aga
 the same bytes.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -37,7 +38,12 @@ MANIFEST = "manifest.json"
 # Corners of the images of a pair may differ by this part of a pixel: what is lost where a transform is stored as text.
 _GRID_TOLERANCE = 0.01
 # An image with less than this part of valid pixels teaches little, and is most often a fault of the archive.
-_MIN_VALID = 0.5
+MIN_VALID = 0.5
+# Errors of the machine, not of a file: another attempt may pass.
+_PASSING = {
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENOTCONN, errno.EHOSTDOWN),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
+}
 # A bad item whose reason is a page of text is cut: the list is read on a screen.
 _REASON_LENGTH = 400
 
@@ -122,7 +128,8 @@ class Archive(ABC):
         """One item, pixels as stored.
 
         Raises:
-            ValueError, OSError: if its files are missing, damaged or not what the archive promises.
+            Exception: of any kind, as decoders raise them, if its files are missing, damaged or not what the archive
+                promises.
         """
 
 
@@ -156,7 +163,8 @@ def convert_archive(
     number of workers nor the stops change a byte of the files.
 
     Items whose files are missing, damaged or not as promised are left out and listed with the reason; a row is whole
-    or absent. An item is bad for good: to convert it after a repair, remove the folder.
+    or absent. An item is bad for good: to convert it after a repair, remove the folder. A disk or network that fails,
+    or want of memory, stops the conversion instead.
 
     The manifest has the rows per split, bad items, items left out on purpose, remarks, every file with its rows, bytes
     and SHA-256, and per sensor and band the number, mean, standard deviation, minimum and maximum of valid stored
@@ -294,9 +302,9 @@ def check_image(image: ShardImage, sensor: str, path, dtype: str, size: tuple[in
             f"{path}. The archive has no such image: fetch it again."
         )
     valid = image.valid_mask().mean()
-    if valid < _MIN_VALID:
+    if valid < MIN_VALID:
         raise ValueError(
-            f"`{sensor}` must have at least {_MIN_VALID:.0%} valid pixels, got {valid:.1%} in {path}. Leave it out."
+            f"`{sensor}` must have at least {MIN_VALID:.0%} valid pixels, got {valid:.1%} in {path}. Leave it out."
         )
 
 
@@ -351,8 +359,11 @@ def read_picture(path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
     try:
         with _any_size(PIL.Image), PIL.Image.open(path) as image:
             width, height = image.size
-            if width * height > _MAX_PIXELS or image.mode not in _PICTURE_MODES:
-                raise ValueError(f"{width} x {height} pixels of mode {image.mode}")
+            # The mode of 16-bit colours is RGB; only how they are stored tells.
+            stored = [text for *_, how in image.tile for text in ([how] if isinstance(how, str) else how or ())]
+            deep = [text for text in stored if isinstance(text, str) and ";16" in text]
+            if width * height > _MAX_PIXELS or image.mode not in _PICTURE_MODES or deep:
+                raise ValueError(f"{width} x {height} pixels of mode {(deep or [image.mode])[0]}")
             if max(width, height) > _MAX_SIDE:
                 factor = -(-max(width, height) // _MAX_SIDE)
                 image.draft(None, (max(1, width // factor), max(1, height // factor)))
@@ -461,7 +472,7 @@ def _convert(archive: Archive, work: Path, files: list[_File], workers: int | No
     missing = [file for file in files if file.name not in records]
     done = sum(len(file.items) for file in files if file.name in records)
     total = sum(len(file.items) for file in files)
-    workers = min(workers or len(os.sched_getaffinity(0)), max(1, len(missing)))
+    workers = min(workers or _cores(), max(1, len(missing)))
     with (
         tqdm(total=total, initial=done, desc=archive.source, unit=" images", smoothing=0.05) as progress,
         closing(_work(archive, work, missing, workers)) as made,
@@ -472,6 +483,11 @@ def _convert(archive: Archive, work: Path, files: list[_File], workers: int | No
             progress.update(len(file.items))
             _check_bad(records, max_bad)
     return [records[file.name] for file in files]
+
+
+def _cores() -> int:
+    # Those this process may use, where the system tells (macOS does not).
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_bad(records: dict[str, dict], max_bad: int):
@@ -535,10 +551,10 @@ def _make_file(archive: Archive, work: Path, file: _File) -> dict:
             if _stop():
                 raise KeyboardInterrupt  # as if Ctrl-C had reached this process
             try:
-                row, said = archive.read(item)
+                row, said = _read(archive, item)
                 if row is not None:
                     rules.check(row)
-            except (ValueError, OSError) as error:
+            except ValueError as error:
                 bad.append({"key": item.key, "reason": " ".join(str(error).split())[:_REASON_LENGTH]})
                 continue
             remarks.update(said)
@@ -565,6 +581,23 @@ def _make_file(archive: Archive, work: Path, file: _File) -> dict:
     else:
         partial.unlink()
     return record
+
+
+def _read(archive: Archive, item: Item) -> Reading:
+    """One item; whatever its files lead decoders to raise is a ValueError, unless it may pass."""
+    try:
+        return archive.read(item)
+    except (MemoryError, ImportError):
+        raise
+    except Exception as error:
+        cause = error
+        while cause is not None:
+            if isinstance(cause, OSError) and cause.errno in _PASSING:
+                raise OSError(cause.errno, f"{cause.strerror} while reading {item.key}") from error
+            cause = cause.__cause__ or cause.__context__
+        if isinstance(error, ValueError):
+            raise
+        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 class _Moments(NamedTuple):

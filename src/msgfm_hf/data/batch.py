@@ -133,7 +133,7 @@ def sample_masks(
 
 
 def count_loss_pixels(inputs: dict, patch_size: int) -> torch.Tensor:
-    """The pixels that count in the loss of each slice of a batch, in the order of sources and sensors.
+    """The pixels that count in the loss of each slice of a batch, by source in order and sensor by name.
 
     Args:
         inputs: of `PreTrainingBatches`.
@@ -146,7 +146,7 @@ def count_loss_pixels(inputs: dict, patch_size: int) -> torch.Tensor:
     for pixels, masks, valids, targets in zip(
         *(inputs[name] for name in ("pixel_values", "bool_loss_pos", "valid_mask", "targets")), strict=True
     ):
-        for sensor, values in pixels.items():
+        for sensor, values in sorted(pixels.items()):
             counted = loss_pixels(masks[sensor], valids[targets[sensor]], *values.shape[2:], patch_size)
             counts.append(counted.sum())
     return torch.stack(counts).cpu().double()

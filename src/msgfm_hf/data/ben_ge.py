@@ -224,7 +224,7 @@ class BenGe(Archive):
         for s1 in tqdm(patches, desc="pairing", unit=" patches", leave=False):
             try:
                 found[_read_facts(self.root / folder / s1)["corresponding_s2_patch"]] = s1
-            except (ValueError, OSError):
+            except (ValueError, FileNotFoundError):
                 # Its Sentinel-2 patch is left without radar, and will be counted as bad.
                 continue
         return found
@@ -243,8 +243,10 @@ def _read_patches(path: Path) -> list[str]:
     """The first column of a CSV with or without a header; patches have names that begin with the satellite."""
     if not Path(path).is_file():
         raise ValueError(f"`path` must be a list of patches, got no file {path}. Give one patch per line.")
-    with open(path, newline="", encoding="utf-8") as file:
-        patches = [row[0].strip() for row in csv.reader(file) if row and row[0].startswith("S2")]
+    # Spreadsheets begin their files with a byte order mark.
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        names = [row[0].strip() for row in csv.reader(file) if row]
+    patches = [name for name in names if name.startswith("S2")]
     if not patches:
         raise ValueError(f"`path` must be a list of Sentinel-2 patches, got none in {path}. Give one patch per line.")
     return patches
@@ -256,6 +258,8 @@ def _read_facts(folder: Path) -> dict:
     wanted = ("labels", "acquisition_time", "corresponding_s2_patch")
     if folder.name.startswith("S2"):
         wanted = ("labels", "acquisition_date")
+    if not isinstance(facts, dict):
+        raise ValueError(f"`{path.name}` must hold {', '.join(wanted)}, got {facts!r:.40}. Fetch it again.")
     missing = [name for name in wanted if name not in facts]
     if missing:
         raise ValueError(f"`{path.name}` must hold {', '.join(wanted)}, got no {', '.join(missing)}. Fetch it again.")

@@ -17,10 +17,20 @@ from tqdm.auto import tqdm
 
 from msgfm_hf.data.geotiff import Header, crs_name, header_bounds, physical_factors
 from msgfm_hf.data.inputs import Input, input_bands, input_header, input_levels, read_input
-from msgfm_hf.data.labels import KeyTable, Labels, MaskLabels, TableLabels, VectorLabels, check_grid, read_key_table
+from msgfm_hf.data.labels import (
+    KeyTable,
+    Labels,
+    MaskLabels,
+    TableLabels,
+    VectorLabels,
+    check_grid,
+    hide_invalid,
+    read_key_table,
+)
 from msgfm_hf.data.shards import ShardRow, ShardWriter
 from msgfm_hf.data.splits import (
     DEFAULT_SHARES,
+    SPLITS,
     Footprint,
     SplitCounts,
     block_groups,
@@ -117,13 +127,14 @@ def plan_folder(
     shares: str = DEFAULT_SHARES,
     seed: int = 0,
     allow_overlap: bool = False,
+    drop_overlap: bool = False,
 ) -> FolderPlan:
     """Pair the chips of several sensors, find their labels and give them to splits by place; no pixels are read.
 
     Args:
         inputs (`dict[str, Input]`): by sensor; `path` is a pattern as in `match_keys`.
-        split_by (`str`): a column, or `block:5km`. A column whose values are train, val and test is the split; any
-            other column, and blocks, are groups that are dealt as a whole.
+        split_by (`str`): a column, or `block:5km`. A column whose values are train, val and test is the split; a
+            column without such values, and blocks, are groups that are dealt as a whole. A mix is refused.
         labels (`str`, *optional*): a CSV, a pattern of masks with `{key}`, or a file of points and polygons.
         label (`str`, *optional*): column or attribute of the labels.
         label_type (`str`, *optional*): `class`, `list` or `number`, of a CSV.
@@ -131,13 +142,16 @@ def plan_folder(
         shares (`str`): parts of train, val and test, where groups are dealt.
         seed (`int`): of the deal.
         allow_overlap (`bool`): accept footprints that overlap across splits.
+        drop_overlap (`bool`): leave out rows of val that overlap test, then rows of train that overlap val or test:
+            chips cut with a regular overlap meet at the border of any block.
 
     Returns:
         `FolderPlan`: all rows are paired, on one grid each, and have a split.
 
     Raises:
-        ValueError: if no key has a file of every sensor, the grids of a row differ, a file cannot be read or its bands
-            are not known, labels or splits cannot be read, or footprints overlap across splits.
+        ValueError: if no key has a file of every sensor, the grids of a row differ, a file cannot be read, its bands
+            are not known or its bands, unit or dtype are not those of the others, labels or splits cannot be read, or
+            footprints overlap across splits.
     """
     by, parts = parse_split_by(split_by), parse_shares(shares)
     input_levels(inputs)
@@ -156,12 +170,14 @@ def plan_folder(
         )
     said.append(f"{len(keys)} keys have every sensor")
     facts: Counter = Counter()
+    kinds: dict[str, tuple[str, str]] = {}
     rows = [
-        _plan_row(key, {sensor: files[sensor][key] for sensor in files}, inputs, facts)
+        _plan_row(key, {sensor: files[sensor][key] for sensor in files}, inputs, facts, kinds)
         for key in tqdm(keys, "reading headers", unit=" rows")
     ]
     said += [f"{sensor}: {count} files {fact}" for (sensor, fact), count in sorted(facts.items())]
     table = None if splits is None else read_key_table(splits, keys)
+    said += [table.said] if table else []
     found, label_table = _open_labels(labels, label, label_type, keys)
     said += found.said if found else []
     unlabelled = [key for key in keys if found and not found.has(key)]
@@ -174,7 +190,13 @@ def plan_folder(
         said.append(f"split: {len(dealt)} blocks of {by.block:g} m, dealt {shares} by rows (seed {seed})")
     else:
         rows = _split_by_column(rows, by.column, table or label_table, parts, shares, seed, said)
+    if drop_overlap:
+        rows = _without_overlap(rows, said)
     _check_overlap(rows, allow_overlap, said)
+    if found and found.kind == "map":
+        for row in tqdm(rows, "checking labels", unit=" rows"):
+            if found.has(row.key):
+                found.check(row.key, row.grid)
     return FolderPlan(inputs, rows, found, said)
 
 
@@ -203,6 +225,8 @@ def write_folder(plan: FolderPlan, out, name: str, seed: int = 0, overwrite: boo
             planned = plan.rows[number]
             images = {sensor: read_input(plan.inputs[sensor], path) for sensor, path in planned.files.items()}
             found, target = plan.labels.read(planned.key, planned.grid) if plan.labels else (None, None)
+            if target is not None and plan.labels.kind == "map":
+                target = hide_invalid(target, images.values())
             row = ShardRow(
                 planned.key,
                 name,
@@ -223,15 +247,24 @@ def write_folder(plan: FolderPlan, out, name: str, seed: int = 0, overwrite: boo
     return counts
 
 
-def _plan_row(key: str, files: dict[str, str], inputs: dict[str, Input], facts: Counter) -> PlannedRow:
+def _plan_row(
+    key: str, files: dict[str, str], inputs: dict[str, Input], facts: Counter, kinds: dict[str, tuple[str, str]]
+) -> PlannedRow:
     headers = {sensor: input_header(inputs[sensor], path) for sensor, path in files.items()}
     grid = next((header for header in headers.values() if header.crs is not None), next(iter(headers.values())))
     for sensor, header in headers.items():
         given = inputs[sensor]
         # What the pixels would be read with is settled before any is read.
-        input_bands(given, header)
-        physical_factors(header, sensor, given.unit, given.scale, given.offset)
+        bands, picked = input_bands(given, header)
+        unit, _, _ = physical_factors(header, sensor, given.unit, given.scale, given.offset, picked)
         check_grid(header, grid)
+        kind = f"{', '.join(bands)} in {unit}, {header.dtype}"
+        expected, first = kinds.setdefault(sensor, (kind, header.path))
+        if kind != expected:
+            raise ValueError(
+                f"`input` of sensor {sensor!r} must have the same bands, unit and dtype in all files, got {kind} in "
+                f"{header.path}, and {expected} in {first}. Convert them, or make a source of each."
+            )
         if header.crs is None:
             facts[sensor, "have no place on the map: neither their grids nor overlaps could be compared"] += 1
         if header.alpha is not None:
@@ -311,8 +344,7 @@ def _split_by_column(rows, column, table, parts, shares, seed, said) -> list[Pla
     return rows
 
 
-def _check_overlap(rows: list[PlannedRow], allow_overlap: bool, said: list[str]):
-    placed = [row for row in rows if row.grid.crs is not None]
+def _overlaps(rows: list[PlannedRow]) -> list[tuple[Footprint, Footprint]]:
     footprints = [
         Footprint(
             row.key,
@@ -321,19 +353,48 @@ def _check_overlap(rows: list[PlannedRow], allow_overlap: bool, said: list[str])
             row.grid.bounds,
             math.sqrt(abs(row.grid.transform.determinant)),
         )
-        for row in placed
+        for row in rows
+        if row.grid.crs is not None
     ]
-    pairs = overlapping_footprints(footprints) if footprints else []
+    return overlapping_footprints(footprints) if footprints else []
+
+
+def _place(row: PlannedRow):
+    return None if row.grid.crs is None else (crs_name(row.grid.crs), row.grid.bounds)
+
+
+def _without_overlap(rows: list[PlannedRow], said: list[str]) -> list[PlannedRow]:
+    splits = {row.split for row in rows}
+    # What is left out of val no longer takes rows from train.
+    for split in ("val", "train"):
+        pairs = [min(pair, key=lambda place: SPLITS.index(place.split)) for pair in _overlaps(rows)]
+        # Revisits of a place come as one.
+        places = {(place.crs, place.bounds) for place in pairs if place.split == split}
+        gone = {row.key for row in rows if row.split == split and _place(row) in places}
+        rows = [row for row in rows if row.key not in gone]
+        said += [f"overlap: {_listed(gone)} of {split} overlap another split and are left out"] if gone else []
+    empty = sorted(splits - {row.split for row in rows})
+    if empty:
+        raise ValueError(
+            f"`drop_overlap` must leave rows in every split, got none in {', '.join(empty)}. "
+            "Split by larger blocks: fewer chips lie at their borders."
+        )
+    return rows
+
+
+def _check_overlap(rows: list[PlannedRow], allow_overlap: bool, said: list[str]):
+    placed, pairs = sum(row.grid.crs is not None for row in rows), _overlaps(rows)
     first = "; ".join(f"{one.key} ({one.split}) and {other.key} ({other.split})" for one, other in pairs[:_SHOWN])
     if pairs and not allow_overlap:
         raise ValueError(
             f"`split_by` must keep footprints that overlap in one split, got {len(pairs)} pairs that do not: {first}. "
-            "Split by larger blocks or by place, or accept it with --allow-overlap."
+            "Split by place where places lie apart. Chips cut with a regular overlap meet at the border of any block, "
+            "however large: leave those out with --drop-overlap, or accept it with --allow-overlap."
         )
     said.append(
         f"overlap: {len(pairs)} pairs of footprints overlap across splits: {first}"
         if pairs
-        else f"overlap: no footprint overlaps one of another split ({len(placed)} compared)"
+        else f"overlap: no footprint overlaps one of another split ({placed} compared)"
     )
 
 

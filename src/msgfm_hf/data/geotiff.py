@@ -14,8 +14,12 @@ from msgfm_hf.data.shards import ShardImage
 from msgfm_hf.model.image_processing_msgfm import read_geotiff
 from msgfm_hf.model.sensors import get_sensor
 
-# Mean length of a degree of latitude, for images in geographic coordinates.
-_METRES_PER_DEGREE = 111_195.0
+# Mean radius of the Earth in metres (IUGG), for images in geographic coordinates.
+_EARTH_RADIUS = 6_371_008.8
+# Projections whose scale is that of their standard parallel alone, and how the side of a square as large as a pixel
+# shrinks away from it: by this power of the cosine of the latitude. Degrees and plate carree shrink in one direction
+# only, Mercator in both.
+_SHRINKING = {"longlat": 0.5, "eqc": 0.5, "merc": 1.0, "webmerc": 1.0}
 _COLOURS = ("red", "green", "blue")
 # Corners of one grid may differ by this part of a pixel: what is lost where a transform is written as text.
 _GRID_TOLERANCE = 0.01
@@ -31,12 +35,16 @@ class Header:
         dtype (`str`): numpy name of the stored dtype.
         bands (`list[str]`): names of the bands without the alpha band, `""` where one has none: the description, else
             the common name in the metadata, else red, green or blue where the file is coloured so.
+        coloured (`bool`): whether the names are those of colours only. GDAL gives them to any file of three or four
+            bytes per pixel, whatever its bands are.
         alpha (`int`, *optional*): position of the alpha band among all bands of the file. A band that is marked as
             alpha but has another name is none: near infrared is often stored so.
         masked (`bool`): whether an alpha band or a mask says which pixels are valid.
-        nodata (`float`, *optional*): stored value that marks an invalid pixel.
-        scales, offsets (`list[float]`, *optional*): per band, where the file says: physical = stored * scale + offset.
-        crs (`rasterio.crs.CRS`, *optional*): coordinate system; `None` where the file has no place on the map.
+        nodata (`float`, *optional*): stored value that marks an invalid pixel, if the dtype can hold it.
+        scales, offsets (`list[float]`, *optional*): per band of the file, alpha too, where the file says: physical =
+            stored * scale + offset.
+        crs (`rasterio.crs.CRS`, *optional*): coordinate system; `None` where the file has no place on the map. The
+            local system of a building site is no place on the map.
         transform (`affine.Affine`, *optional*): from pixels to coordinates; `None` with `crs`.
     """
 
@@ -51,6 +59,7 @@ class Header:
     offsets: list[float] | None
     crs: Any
     transform: Any
+    coloured: bool = False
 
     @property
     def positions(self) -> list[int]:
@@ -64,9 +73,9 @@ class Header:
             ValueError: for another number of names.
         """
         if len(names) == len(self.bands):
-            return dataclasses.replace(self, bands=list(names))
+            return dataclasses.replace(self, bands=list(names), coloured=False)
         if self.alpha is not None and len(names) == len(self.bands) + 1:
-            return dataclasses.replace(self, bands=list(names), alpha=None, masked=False)
+            return dataclasses.replace(self, bands=list(names), alpha=None, masked=False, coloured=False)
         raise ValueError(
             f"`names` must name the {len(self.bands)} bands of {self.path}, got {', '.join(names)}. "
             "Give them in file order."
@@ -74,11 +83,20 @@ class Header:
 
     @property
     def gsd(self) -> float | None:
-        """Ground sampling distance in metres: the side of a square as large as a pixel."""
+        """Ground sampling distance in metres: the side of a square as large as the pixel in the middle, on a sphere
+        where coordinates are degrees or Mercator's."""
         if self.crs is None:
             return None
-        metres = _METRES_PER_DEGREE if self.crs.is_geographic else self.crs.linear_units_factor[1]
-        return math.sqrt(abs(self.transform.determinant)) * metres
+        side = math.sqrt(abs(self.transform.determinant))
+        side *= _EARTH_RADIUS * self.crs.units_factor[1] if self.crs.is_geographic else self.crs.linear_units_factor[1]
+        if has_true_metres(self.crs):
+            return side
+        height, width = self.shape
+        x, y = self.transform @ (width / 2, height / 2)
+        _, (latitude,) = geo_module("rasterio.warp").transform(self.crs, "EPSG:4326", [x], [y])
+        proj = self.crs.to_dict()
+        shrunk = math.cos(math.radians(latitude)) / math.cos(math.radians(proj.get("lat_ts", 0)))
+        return side * shrunk ** _SHRINKING.get(proj.get("proj"), 0.5)
 
     @property
     def bounds(self) -> tuple[float, float, float, float] | None:
@@ -107,23 +125,26 @@ def read_header(path) -> Header:
         alpha = alphas[0] if alphas else None
         kept = [number for number in range(file.count) if number != alpha]
         names = [names[number] for number in kept]
-        if not any(names):
+        coloured = not any(names)
+        if coloured:
             names = [colours[number] if colours[number] in _COLOURS else "" for number in kept]
-        scales, offsets = [file.scales[n] for n in kept], [file.offsets[n] for n in kept]
-        scaled = any(scale != 1 for scale in scales) or any(offsets)
-        placed = file.crs is not None and not file.transform.is_identity
+        scaled = any(file.scales[n] != 1 or file.offsets[n] != 0 for n in kept)
+        placed = file.crs is not None and (file.crs.is_geographic or file.crs.is_projected)
+        placed = placed and not file.transform.is_identity
         return Header(
             path=str(path),
             shape=(file.height, file.width),
             dtype=file.dtypes[0],
             bands=names,
             alpha=alpha,
-            masked=enums.MaskFlags.per_dataset in flags and (alpha is not None or enums.MaskFlags.alpha not in flags),
-            nodata=file.nodata,
-            scales=scales if scaled else None,
-            offsets=offsets if scaled else None,
+            # Beside a nodata value GDAL does not tell of alpha.
+            masked=alpha is not None or (enums.MaskFlags.per_dataset in flags and enums.MaskFlags.alpha not in flags),
+            nodata=held_nodata(file.nodata, file.dtypes[0]),
+            scales=list(file.scales) if scaled else None,
+            offsets=list(file.offsets) if scaled else None,
             crs=file.crs if placed else None,
             transform=file.transform if placed else None,
+            coloured=coloured and any(names),
         )
 
 
@@ -146,8 +167,8 @@ def open_geotiff(path):
 
 
 def same_grid(one: Header, other: Header) -> bool:
-    """Whether the pixels of two files lie on one another: shape, coordinate system and corners within a hundredth of a
-    pixel. Of a file without a place on the map only the shape can be compared."""
+    """Whether the pixels of two files lie on one another: shape, coordinate system without heights and corners within a
+    hundredth of a pixel. Of a file without a place on the map only the shape can be compared."""
     if one.shape != other.shape:
         return False
     if one.crs is None or other.crs is None:
@@ -159,7 +180,27 @@ def same_grid(one: Header, other: Header) -> bool:
         for found, at in zip(corners, ((0, 0), (width, 0), (0, height)), strict=True)
         for a, b in zip(found, at, strict=True)
     ]
-    return max(apart) <= _GRID_TOLERANCE and one.crs == other.crs
+    return max(apart) <= _GRID_TOLERANCE and (one.crs == other.crs or _horizontal(one.crs) == _horizontal(other.crs))
+
+
+def has_true_metres(crs) -> bool:
+    """Whether a unit of a `rasterio.crs.CRS` is about the same length on the ground everywhere: of degrees, Mercator
+    and plate carree it is not. Feet are, as their length in metres is known."""
+    return not crs.is_geographic and crs.to_dict().get("proj") not in _SHRINKING
+
+
+def held_nodata(nodata: float | None, dtype) -> float | None:
+    """A nodata value if the dtype can hold it, else `None`: no pixel has another.
+
+    Args:
+        nodata (`float`, *optional*): as a file or a caller names it.
+        dtype: numpy dtype of the pixels, or its name.
+    """
+    dtype = np.dtype(dtype)
+    if nodata is None or dtype.kind not in "iu":
+        return nodata
+    limits = np.iinfo(dtype)
+    return nodata if float(nodata).is_integer() and limits.min <= nodata <= limits.max else None
 
 
 def read_image(
@@ -201,11 +242,11 @@ def read_image(
     if names:
         header = header.named(names)
     resolved, picked = resolve_bands(header, sensor, bands)
-    unit, scale, offset_dn = physical_factors(header, sensor, unit, scale, offset_dn)
+    unit, scale, offset_dn = physical_factors(header, sensor, unit, scale, offset_dn, picked)
     pixels = file.pixels[header.positions][picked]
-    nodata = header.nodata if nodata is None else nodata
+    nodata = header.nodata if nodata is None else held_nodata(nodata, header.dtype)
     if header.masked:
-        pixels, nodata = write_mask(pixels, _read_mask(path), nodata, path)
+        pixels, nodata = write_mask(pixels, _read_mask(header), nodata, path)
     return ShardImage(
         pixels=pixels,
         bands=resolved,
@@ -233,13 +274,16 @@ def resolve_bands(
         Canonical names, and their positions among `header.bands`.
 
     Raises:
-        ValueError: if the bands have no names, or not those asked for.
+        ValueError: if the bands have no names, or colours only where the sensor has other bands, or not those asked
+            for.
     """
     spec = get_sensor(sensor)
     stored = header.bands
-    if not any(stored):
+    if not any(stored) or not trusts_names(header, sensor):
+        count = unnamed_bands(header, sensor)
+        found = ", ".join(filter(None, stored))
         raise ValueError(
-            f"`names` must name the {len(stored)} bands of {header.path}, got None. "
+            f"`names` must name the {count} bands of {header.path}, got {f'the colours {found}' if found else None}. "
             f"Give them in file order; sensor {sensor!r} knows {', '.join(spec.band_names)}."
         )
     if bands is None:
@@ -264,8 +308,14 @@ def physical_factors(
     unit: str | None = None,
     scale: float | None = None,
     offset_dn: float | None = None,
+    picked: list[int] | None = None,
 ) -> tuple[str, float, float]:
     """Unit, scale and offset of a file: those given, else those of the file, else those of the sensor.
+
+    Args:
+        header (`Header`): of the file.
+        sensor, unit, scale, offset_dn: as of `read_image`.
+        picked (`list[int]`, *optional*): positions among `header.bands` of the bands in use; default all.
 
     Returns:
         `unit`, `scale`, `offset_dn`: physical = (stored + offset_dn) * scale.
@@ -276,10 +326,11 @@ def physical_factors(
     spec = get_sensor(sensor)
     unit = unit or spec.default_unit
     known = (spec.scale, spec.offset) if unit == "dn" else (1.0, 0.0)
+    used = header.positions if picked is None else [header.positions[position] for position in picked]
     if scale is None:
-        scale = known[0] if header.scales is None else _shared("scale", header.scales, header)
+        scale = known[0] if header.scales is None else _shared("scale", header.scales, used, header)
     if offset_dn is None and scale is not None:
-        offset_dn = known[1] if header.offsets is None else _shared("offset", header.offsets, header) / scale
+        offset_dn = known[1] if header.offsets is None else _shared("offset", header.offsets, used, header) / scale
     if scale is None or offset_dn is None:
         raise ValueError(
             f"`scale` and `offset_dn` of sensor {sensor!r} must be known for unit 'dn', got {scale} and {offset_dn} "
@@ -345,6 +396,18 @@ def crs_name(crs) -> str:
     return _crs_name(crs.wkt)
 
 
+def trusts_names(header: Header, sensor: str) -> bool:
+    """Whether the names of a file can be those of the sensor's bands. Colours alone tell nothing where the sensor has
+    other bands than red, green and blue: near infrared may be stored as red, or as alpha."""
+    return not header.coloured or len(get_sensor(sensor).bands) <= len(_COLOURS)
+
+
+def unnamed_bands(header: Header, sensor: str) -> int:
+    """How many bands of a file without names wait for one: the alpha band too, where the sensor has as many."""
+    count = len(header.bands) + (header.alpha is not None)
+    return count if len(get_sensor(sensor).bands) == count else len(header.bands)
+
+
 def knows_band(sensor: str, name: str) -> bool:
     """Whether a name is that of a band of the sensor, or an alias of one."""
     try:
@@ -368,12 +431,19 @@ def _bounds(transform, shape) -> tuple[float, float, float, float]:
     return min(xs), min(ys), max(xs), max(ys)
 
 
-def _read_mask(path) -> np.ndarray:
-    with open_geotiff(path) as file:
-        return file.read_masks(1) != 0
+@functools.lru_cache(maxsize=64)
+def _horizontal(crs):
+    """The coordinate system without its heights."""
+    return type(crs).from_wkt(geo_module("pyproj").CRS.from_wkt(crs.to_wkt()).to_2d().to_wkt())
 
 
-def _shared(name: str, values: list[float], header: Header) -> float:
+def _read_mask(header: Header) -> np.ndarray:
+    with open_geotiff(header.path) as file:
+        return (file.read_masks(1) if header.alpha is None else file.read(header.alpha + 1)) != 0
+
+
+def _shared(name: str, of_file: list[float], used: list[int], header: Header) -> float:
+    values = [of_file[position] for position in used]
     if len(set(values)) > 1:
         raise ValueError(
             f"`{name}` must be one number for all bands of {header.path}, got {values}. "

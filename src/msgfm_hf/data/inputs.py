@@ -4,7 +4,15 @@ import difflib
 from dataclasses import dataclass
 from typing import ClassVar
 
-from msgfm_hf.data.geotiff import Header, knows_band, read_header, read_image, resolve_bands
+from msgfm_hf.data.geotiff import (
+    Header,
+    knows_band,
+    read_header,
+    read_image,
+    resolve_bands,
+    trusts_names,
+    unnamed_bands,
+)
 from msgfm_hf.data.shards import ShardImage
 from msgfm_hf.model.sensors import UNITS, get_sensor
 
@@ -19,7 +27,7 @@ class Input:
         sensor (`str`): id of the sensor.
         path (`str`): a file, or a glob with `{key}`.
         bands (`tuple[str]`, *optional*): the bands to keep, by name, of a file that names its bands; the names of all
-            bands in file order of a file that does not.
+            bands in file order of a file that does not, or that has colours only.
         unit (`str`, *optional*): unit of the stored values; default that of the sensor.
         scale, offset (`float`, *optional*): physical = (stored + offset) * scale. The offset of Sentinel-2 products is
             0, or -1000 since processing baseline 04.00.
@@ -121,26 +129,33 @@ def input_header(given: Input, path=None) -> Header:
     """What the file of an input says about itself, with the names that `bands=` gives to a file that has none.
 
     A file counts as unnamed where the sensor knows none of its names; a sensor of one band leaves nothing to confuse.
+    Colours, which GDAL gives without being asked, are names for a sensor of red, green and blue alone, and as many
+    names in `bands=` overrule them.
 
     Args:
         given (`Input`): what the command line says.
         path (`str` or `Path`, *optional*): the file; default `given.path`.
 
     Raises:
-        ValueError: if the file cannot be opened, or its bands have no names and are not given as many.
+        ValueError: if the file cannot be opened, or its bands have no names (or colours only, for a sensor that has
+            other bands) and are not given as many.
     """
     header, spec = read_header(given.path if path is None else path), get_sensor(given.sensor)
-    if any(knows_band(given.sensor, name) for name in header.bands):
+    named = any(knows_band(given.sensor, name) for name in header.bands)
+    if named and not header.coloured:
         return header
     names = given.bands or (spec.band_names if len(spec.bands) == 1 else ())
-    counts = (len(header.bands), len(header.bands) + (header.alpha is not None))
-    if len(names) not in counts:
-        found = ", ".join(name or "no name" for name in header.bands)
-        raise ValueError(
-            f"`bands` must name the {len(header.bands)} bands of {header.path} in file order, got {found}. "
-            f"Add ,bands={_paste(given, len(header.bands))} to --input {given.sensor}=..."
-        )
-    return header.named(names)
+    if len(names) in (len(header.bands), len(header.bands) + (header.alpha is not None)):
+        return header.named(names)
+    if named and trusts_names(header, given.sensor):
+        return header
+    count = unnamed_bands(header, given.sensor)
+    found = ", ".join(name or "no name" for name in header.bands) + (", alpha" if count > len(header.bands) else "")
+    raise ValueError(
+        f"`bands` must name the {count} bands of {header.path} in file order, got "
+        f"{'the colours ' if header.coloured else ''}{found}. "
+        f"Add ,bands={_paste(given, count)} to --input {given.sensor}=..."
+    )
 
 
 def input_bands(given: Input, header: Header) -> tuple[list[str], list[int]]:

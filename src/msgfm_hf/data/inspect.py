@@ -187,18 +187,23 @@ def _label_report(sources, metadata, numbers, damaged, verify) -> list[str]:
         if counts:
             named = ", ".join(f"{label} {count}" for label, count in sorted(counts.items()))
             lines.append(f"  labels {split}: {named}; {sum(not row['labels'] for row in table)} rows without")
+    pixels = {split: np.zeros(UNLABELLED + 1, np.int64) for split in sources}
+    for split, row in _rows(sources, numbers, damaged, verify):
+        # Of maps the dtype is that of ids; numbers are floats.
+        if row["target"] is not None and row["target"].pixels.dtype == np.uint8:
+            pixels[split] += np.bincount(row["target"].pixels.ravel(), minlength=UNLABELLED + 1)
     if classes is not None:
-        pixels = {split: np.zeros(UNLABELLED + 1, np.int64) for split in sources}
-        for split, row in _rows(sources, numbers, damaged, verify):
-            if row["target"] is not None:
-                pixels[split] += np.bincount(row["target"].pixels.ravel(), minlength=UNLABELLED + 1)
         lines.append("  classes: " + ", ".join(f"{number} {name}" for number, name in enumerate(classes)))
-        for split, counts in pixels.items():
-            shares = [
-                f"{name} {100 * n / max(counts.sum(), 1):.3g} %" for name, n in zip(classes, counts, strict=False)
-            ]
-            blank = 100 * counts[UNLABELLED] / max(counts.sum(), 1)
-            lines.append(f"  map {split}: {', '.join(shares)}, unlabelled {blank:.3g} %")
+    elif not any(counts.any() for counts in pixels.values()):
+        return lines
+    ids = np.flatnonzero(np.sum(list(pixels.values()), axis=0)[:UNLABELLED])
+    # Masks have ids without names.
+    named = list(enumerate(classes)) if classes is not None else [(number, f"id {number}") for number in ids]
+    for split, counts in pixels.items():
+        total = max(counts.sum(), 1)
+        shares = [f"{name} {100 * counts[number] / total:.3g} %" for number, name in named]
+        shares.append(f"unlabelled {100 * counts[UNLABELLED] / total:.3g} %")
+        lines.append(f"  map {split}: {', '.join(shares)}")
     return lines
 
 

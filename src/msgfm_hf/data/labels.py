@@ -1,6 +1,7 @@
 """Labels of images: a table of keys, maps of class ids, or points and polygons."""
 
 import csv
+import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -46,13 +47,15 @@ class KeyTable:
         path (`str`): the file.
         column (`str`): the column that holds the keys.
         columns (`list[str]`): all columns.
-        rows (`dict[str, dict[str, str]]`): by key.
+        rows (`dict[str, dict[str, str]]`): by key, of the keys that were looked for.
+        said (`str`): a sentence on how many of the keys were found.
     """
 
     path: str
     column: str
     columns: list[str]
     rows: dict[str, dict[str, str]]
+    said: str
 
     def values(self, column: str, keys: Iterable[str]) -> dict[str, str]:
         """`{key: value}` of a column, without keys that have none.
@@ -69,22 +72,25 @@ class KeyTable:
 
 
 def read_key_table(path, keys: Iterable[str]) -> KeyTable:
-    """Read a CSV, and find the column that holds the keys: `key`, else the first in which some of them occur.
+    """Read a CSV, and find the column that holds the keys: `key`, else the one in which most of them occur. Columns
+    without a name and rows without a key are left out.
 
     Raises:
-        ValueError: if the file cannot be read as a table, no column matches, or a key occurs twice.
+        ValueError: if the file cannot be read as a table, no column matches, or one of the keys occurs twice.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            lines = [{name: (text or "").strip() for name, text in line.items() if name} for line in reader]
-            columns = list(reader.fieldnames or ())
+            columns = [name.strip() for name in reader.fieldnames or () if name.strip()]
+            # Fields beyond the header come as a list, under no name.
+            named = [{name.strip(): text for name, text in line.items() if name} for line in reader]
+            lines = [{name: (line[name] or "").strip() for name in columns} for line in named]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"`labels` must be a readable CSV, got {path} ({error}). Save it as UTF-8 text.") from error
     wanted = set(keys)
-    fitting = [name for name in columns if wanted & {line[name] for line in lines}]
-    column = "key" if "key" in fitting else next(iter(fitting), None)
-    if column is None:
+    found = {name: len(wanted & {line[name] for line in lines}) for name in columns}
+    column = "key" if found.get("key") else max(columns, key=lambda name: found[name], default="")
+    if not found.get(column):
         first = ", ".join(f"{name}={text!r}" for name, text in (lines[0] if lines else {}).items())
         raise ValueError(
             f"`labels` must have a column with the keys of the images, such as {min(wanted, default='')!r}, got {path} "
@@ -92,12 +98,15 @@ def read_key_table(path, keys: Iterable[str]) -> KeyTable:
         )
     rows: dict[str, dict[str, str]] = {}
     for line in lines:
+        if line[column] not in wanted:
+            continue
         if line[column] in rows:
             raise ValueError(
                 f"`labels` must name each key once, got {line[column]!r} twice in {column!r} of {path}. Drop one."
             )
         rows[line[column]] = line
-    return KeyTable(str(path), column, columns, rows)
+    said = f"{path}: {len(rows)} of {len(wanted)} keys found in column {column!r}"
+    return KeyTable(str(path), column, columns, rows, said)
 
 
 class TableLabels:
@@ -136,7 +145,7 @@ class TableLabels:
             for key, text in self.values.items():
                 if numbers[key] is None:
                     raise ValueError(f"`label` must be a number, got {text!r} for key {key!r}. Correct {table.path}.")
-        self.said = [f"labels: column {column!r} of {table.path}, by {table.column!r}, read as {kind} ({how})"]
+        self.said = [table.said, f"labels: column {column!r} of {table.path}, read as {kind} ({how})"]
 
     def has(self, key: str) -> bool:
         """Whether the table has a value for this key."""
@@ -173,6 +182,18 @@ class MaskLabels:
         """Whether there is a file for this key."""
         return key in self.files
 
+    def check(self, key: str, grid: Header):
+        """Refuse, by its header alone, a map that cannot lie on a grid.
+
+        Raises:
+            ValueError: if the file of this key cannot be opened, lies on another grid, or has several bands.
+        """
+        header = read_header(self.files[key])
+        check_grid(header, grid, "labels")
+        count = len(header.bands) + (header.alpha is not None)
+        if count != 1:
+            raise ValueError(f"`labels` must be maps of one band, got {count} in {header.path}. Keep one.")
+
     def read(self, key: str, grid: Header) -> tuple[list[str] | None, ShardImage | None]:
         """`target` uint8 (1, H, W), 255 where the file has nodata; `None` for a key without a file.
 
@@ -181,21 +202,19 @@ class MaskLabels:
         """
         if key not in self.files:
             return None, None
-        header = read_header(self.files[key])
-        check_grid(header, grid)
-        with open_geotiff(header.path) as file:
-            if file.count != 1:
-                raise ValueError(f"`labels` must be maps of one band, got {file.count} in {header.path}. Keep one.")
+        self.check(key, grid)
+        path = self.files[key]
+        with open_geotiff(path) as file:
             try:
                 found, valid = file.read(1), file.read_masks(1) != 0
             except geo_module("rasterio.errors").RasterioError as error:
-                raise ValueError(f"`labels` must be readable, got {header.path} ({error}). Fetch it again.") from error
+                raise ValueError(f"`labels` must be readable, got {path} ({error}). Fetch it again.") from error
         valid &= np.isfinite(found)
         ids = found[valid]
         if ids.size and (ids.min() < 0 or ids.max() > UNLABELLED or (ids != np.floor(ids)).any()):
             raise ValueError(
                 f"`labels` must be class ids from 0 to {UNLABELLED - 1}, {UNLABELLED} is unlabelled, got values from "
-                f"{ids.min()} to {ids.max()} in {header.path}. Map them to ids."
+                f"{ids.min()} to {ids.max()} in {path}. Map them to ids."
             )
         pixels = np.full(found.shape, UNLABELLED, np.uint8)
         pixels[valid] = ids.astype(np.uint8)
@@ -212,8 +231,8 @@ class VectorLabels:
         column (`str`): the attribute that names the class. Names in order (numbers by value) get the ids 0, 1, ...
 
     Raises:
-        ValueError: if the file cannot be read, has no coordinate system, no such attribute, no class, more than 255, or
-            lines.
+        ValueError: if the file cannot be read, has no shapes, several layers of them, no coordinate system, no such
+            attribute, no class, more than 255, or lines.
     """
 
     kind = "map"
@@ -221,7 +240,13 @@ class VectorLabels:
     def __init__(self, path, column: str):
         geopandas = geo_module("geopandas")
         try:
-            shapes = geopandas.read_file(path)
+            layers = [name for name, kind in geo_module("pyogrio").list_layers(path) if kind is not None]
+            if len(layers) != 1:
+                raise ValueError(
+                    f"`labels` must have one layer of shapes, got {', '.join(layers) or 'none'} in {path}. "
+                    "Write it to a file of its own: ogr2ogr one.gpkg FILE LAYER"
+                )
+            shapes = geopandas.read_file(path, layer=layers[0])
         except (OSError, geo_module("pyogrio.errors").DataSourceError) as error:
             raise ValueError(
                 f"`labels` must be a CSV, a mask glob with {{key}}, GeoJSON or GeoPackage, got {path} ({error}). "
@@ -231,6 +256,8 @@ class VectorLabels:
             raise ValueError(
                 f"`labels` must have a coordinate system, got none in {path}. Write it with one (GeoJSON is WGS84)."
             )
+        if shapes.empty:
+            raise ValueError(f"`labels` must have points or polygons, got none in {path}. Check what was exported.")
         columns = [name for name in shapes.columns if name != shapes.geometry.name]
         if column not in columns:
             raise ValueError(
@@ -263,17 +290,25 @@ class VectorLabels:
         """Shapes may lie anywhere."""
         return True
 
-    def read(self, key: str, grid: Header) -> tuple[list[str] | None, ShardImage | None]:
-        """`target` uint8 (1, H, W), 255 where there is no shape.
+    def check(self, key: str, grid: Header):
+        """Refuse a grid that shapes cannot be drawn on.
 
         Raises:
-            ValueError: if the image has no place on the map.
+            ValueError: if it has no place on the map.
         """
         if grid.crs is None:
             raise ValueError(
                 f"`labels` from shapes must meet images with a place on the map, got none in {grid.path}. "
                 "Georeference it, or give masks."
             )
+
+    def read(self, key: str, grid: Header) -> tuple[list[str] | None, ShardImage | None]:
+        """`target` uint8 (1, H, W), 255 where there is no shape.
+
+        Raises:
+            ValueError: if the image has no place on the map.
+        """
+        self.check(key, grid)
         warp, shapely = geo_module("rasterio.warp"), geo_module("shapely")
         there = self._shapes.crs.to_wkt()
         near = self._shapes.sindex.query(shapely.box(*warp.transform_bounds(grid.crs, there, *grid.bounds)))
@@ -300,15 +335,30 @@ def class_map(pixels: np.ndarray, grid: Header) -> ShardImage:
     )
 
 
-def check_grid(header: Header, grid: Header):
+def hide_invalid(target: ShardImage, images: Iterable[ShardImage]) -> ShardImage:
+    """A map whose ids are 255, unlabelled, where no image has a valid pixel: there is nothing to learn from.
+
+    Args:
+        target (`ShardImage`): of `class_map`, (1, H, W).
+        images (`Iterable[ShardImage]`): of the row, on the grid of the map.
+    """
+    seen = np.logical_or.reduce([image.valid_mask() for image in images])
+    return dataclasses.replace(target, pixels=np.where(seen, target.pixels, np.uint8(UNLABELLED)))
+
+
+def check_grid(header: Header, grid: Header, argument: str = "input"):
     """Refuse a file whose pixels do not lie on those of another.
+
+    Args:
+        header, grid (`Header`): of the file, and of the one that gives the grid.
+        argument (`str`): the argument that is at fault.
 
     Raises:
         ValueError: naming both.
     """
     if not same_grid(grid, header):
         raise ValueError(
-            f"`input` must share one pixel grid in a row, got {_grid_text(header)}, and {_grid_text(grid)}. "
+            f"`{argument}` must share one pixel grid in a row, got {_grid_text(header)}, and {_grid_text(grid)}. "
             "`msgfm shards scenes` warps large images to one grid; gdalwarp -t_srs -te -ts does it for chips."
         )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from msgfm_hf.data.archive import Archive, Item, Listing, Reading, existing_folder
+from msgfm_hf.data.archive import MIN_VALID, Archive, Item, Listing, Reading, existing_folder
 from msgfm_hf.data.geotiff import crs_name, geo_module, open_geotiff, read_header, wgs84_bounds
 from msgfm_hf.data.shards import ShardImage, ShardRow
 from msgfm_hf.model.sensors import SENSORS
@@ -26,7 +26,6 @@ _SPLITS = {_CITY: "train", "sub_area_1": "test", "sub_area_2": "val", "sub_area_
 _NAME = re.compile(r"3k[_-](rgb|dsm)([_-].*)?\.tif", re.IGNORECASE)
 # The files name no value for missing heights; none of Augsburg is below the sea.
 _LOWEST = -100.0
-_MIN_VALID = 0.5
 # Pixels around a tile that bilinear interpolation may reach for.
 _MARGIN = 2
 
@@ -41,7 +40,7 @@ class Mdas(Archive):
     in a tile that has any, and the zeros among its valid values as 1.
 
     `sub_area_1` is test and `sub_area_2` val; tiles of the city that touch them are left out, as are tiles with less
-    than half of the pixels valid in either sensor, and what is left over at the right and lower edges.
+    than half of the pixels valid in either sensor, and what is left over at the right and lower edges; all are counted.
 
     Args:
         root (`Path`): the folder `Augsburg_data_4_publication`, or the one that holds it.
@@ -74,6 +73,9 @@ class Mdas(Archive):
         for area, paths in areas.items():
             height, width = headers[area].shape
             split = _SPLITS[area]
+            rest = -(-height // TILE) * -(-width // TILE) - (height // TILE) * (width // TILE)
+            if rest and not (split == "train" and area != _CITY and _CITY in areas):
+                left_out[f"places at the right and lower edge of {area}, which fill no tile"] += rest
             for top in range(0, height - TILE + 1, TILE):
                 for left in range(0, width - TILE + 1, TILE):
                     if area == _CITY and any(_touches(headers[area], top, left, headers[other]) for other in held_out):
@@ -99,7 +101,7 @@ class Mdas(Archive):
         colours, mask = pixels[:3], pixels[3:].all(axis=0)
         heights = self._heights(root / dsm_path, crs, transform)
         valid = {"rgb": mask, "dsm": np.isfinite(heights)}
-        short = [sensor for sensor, pixels in valid.items() if pixels.mean() < _MIN_VALID]
+        short = [sensor for sensor, pixels in valid.items() if pixels.mean() < MIN_VALID]
         if short:
             return Reading(None, (f"left out tiles with less than half of {' and '.join(short)} valid",))
         remarks, nodata = (), None

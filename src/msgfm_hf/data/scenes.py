@@ -1,4 +1,4 @@
-"""Shards from large images: every input is warped to one grid and cut into tiles, a tile at a time."""
+"""Shards from large images: every input is warped to one grid and cut into tiles, a row of tiles at a time."""
 
 import contextlib
 import itertools
@@ -18,21 +18,26 @@ from msgfm_hf.data.geotiff import (
     crs_name,
     free_value,
     geo_module,
+    has_true_metres,
     header_bounds,
+    held_nodata,
     open_geotiff,
     physical_factors,
     write_mask,
 )
 from msgfm_hf.data.inputs import Input, input_bands, input_header, input_levels
 from msgfm_hf.data.labels import VectorLabels
-from msgfm_hf.data.shards import ShardImage, ShardRow, ShardWriter
+from msgfm_hf.data.shards import ShardImage, ShardRow, ShardWriter, valid_pixels
 from msgfm_hf.data.splits import DEFAULT_SHARES, SplitCounts, deal_groups, parse_shares, parse_split_by
+from msgfm_hf.model.sensors import get_sensor
 
-_WEB_MERCATOR = 3857
-# Megabytes of GDAL's cache of blocks, which would else take a share of the whole memory.
-_CACHE = 64
+# Bytes of GDAL's cache of blocks, which would else take a share of the whole memory. It is larger where a row of tiles
+# needs more: of a file in strips each is as wide as the image, and else were decoded again for every tile.
+_CACHE = 64 * 2**20
 # Where corners are written with rounding errors, a pixel that is whole but for this part of it is whole.
 _WHOLE = 1e-6
+# Rows of an input that are turned into power at once.
+_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,18 @@ class ScenePlan:
             for length in self.shape
         )
         return list(itertools.product(tops, lefts))
+
+    def in_power(self, sensor: str) -> bool:
+        """Whether an input is warped as linear power: where it holds decibels and its pixels do not stay in place."""
+        return _decades(self.inputs[sensor], self.headers[sensor]) is not None and not self._stays(sensor)
+
+    def _stays(self, sensor: str) -> bool:
+        """Whether the pixels of an input are pixels of the grid."""
+        header = self.headers[sensor]
+        if header.crs != self.crs:
+            return False
+        moved = ~self.transform @ header.transform
+        return moved.almost_equals(moved.translation(round(moved.c), round(moved.f)), precision=_WHOLE)
 
     def group(self, top: int, left: int) -> str:
         """The block that a tile lies in."""
@@ -139,8 +156,7 @@ def plan_scenes(
     input_levels(inputs)
     headers = {sensor: input_header(given) for sensor, given in inputs.items()}
     for sensor, header in headers.items():
-        input_bands(inputs[sensor], header)
-        physical_factors(header, sensor, inputs[sensor].unit, inputs[sensor].scale, inputs[sensor].offset)
+        _factors(inputs[sensor], header)
         if header.crs is None:
             raise ValueError(
                 f"`input` of a scene must have a place on the map, got none in {header.path}. Georeference it; chips "
@@ -166,7 +182,11 @@ def plan_scenes(
     transform = geo_module("rasterio.transform").from_origin(x + first * pixel, y - upper * pixel, pixel, pixel)
     plan = ScenePlan(inputs, headers, crs, transform, shape, gsd, size, stride, tiles * size, parts, seed, said)
     said.append(f"grid: {shape[0]} x {shape[1]} pixels of {gsd:g} m, {crs_name(crs)[:60]}, what all inputs cover")
-    said += [f"{sensor}: {_resampling(header, gsd)} from {header.gsd:.4g} m" for sensor, header in headers.items()]
+    said += [
+        f"{sensor}: {_resampling(header, gsd)}{' of linear power' if plan.in_power(sensor) else ''} from "
+        f"{header.gsd:.4g} m"
+        for sensor, header in headers.items()
+    ]
     rounded = "" if tiles * size * gsd <= by.block * (1 + _WHOLE) else f", rounded up from {by.block:g} m"
     said.append(f"blocks: {tiles} x {tiles} tiles, {tiles * size * gsd:g} m{rounded}; no tile crosses one")
     # Too few blocks are told before hours of warping.
@@ -184,8 +204,12 @@ def write_scenes(
 ) -> tuple[dict[str, SplitCounts], list[str]]:
     """Warp tile by tile, and write those with enough valid pixels as one source, in a seeded order.
 
-    Inputs are read once, from north to south; kept tiles wait in a temporary file in `out`, as large as the shards
-    will be, until it is known how many each block has. Memory is bounded by a tile.
+    Inputs are read from north to south; kept tiles wait in a temporary file in `out`, as large as the shards will be,
+    until it is known how many each block has. Memory is bounded by a row of tiles, as wide as the image.
+
+    Decibels are warped as linear power, whose mean is that of the ground; their own mean is lower by 2.5 dB in a field
+    of single-look speckle. Where pixels move, such an input is first written as power to a temporary file in `out`, of
+    four bytes a value, and tiles are turned back.
 
     Args:
         plan (`ScenePlan`): of `plan_scenes`.
@@ -217,8 +241,10 @@ def write_scenes(
             overwrite=overwrite,
         ) as writer,
         tempfile.TemporaryFile(dir=out) as waiting,
+        tempfile.TemporaryDirectory(dir=out, prefix=".power-") as power,
+        contextlib.closing(_warped(plan, Path(power))) as warped,
     ):
-        for top, left, images in tqdm(_warped(plan), f"warping {name}", len(plan.corners), unit=" tiles"):
+        for top, left, images in tqdm(warped, f"warping {name}", len(plan.corners), unit=" tiles"):
             reason = _too_empty(images, min_valid)
             if reason:
                 dropped[reason] += 1
@@ -265,7 +291,7 @@ def write_scenes(
 def _grid_system(header: Header, gsd: float, said: list[str]):
     """Coordinate system, origin and side of a pixel in its units."""
     crs = header.crs
-    if crs.is_geographic or crs.to_epsg() == _WEB_MERCATOR:
+    if not has_true_metres(crs):
         west, south, east, north = header_bounds(header)
         zone = min(int(((west + east) / 2 + 180) // 6) + 1, 60)
         crs = geo_module("rasterio.crs").CRS.from_epsg((32600 if south + north >= 0 else 32700) + zone)
@@ -285,40 +311,76 @@ def _resampling(header: Header, gsd: float) -> str:
     return "average" if header.gsd is not None and gsd > header.gsd * (1 + 1e-3) else "bilinear"
 
 
-def _warped(plan: ScenePlan) -> Iterator[tuple[int, int, dict[str, tuple[np.ndarray, np.ndarray]]]]:
-    """Top, left and by sensor pixels (C, H, W) and validity (H, W) of all tiles."""
+class _Warped(NamedTuple):
+    """The whole of an input on the grid, computed where it is read.
+
+    Attributes:
+        file: its last band is alpha: 0 outside the input and where its alpha band or mask says so.
+        numbers (`list[int]`): its bands, counted from 1.
+        decades (`float`, *optional*): of an input that is warped as power, decades of power per stored unit.
+    """
+
+    file: Any
+    numbers: list[int]
+    decades: float | None
+
+
+def _warped(plan: ScenePlan, power: Path) -> Iterator[tuple[int, int, dict[str, tuple[np.ndarray, np.ndarray]]]]:
+    """Top, left and by sensor pixels (C, H, W) and validity (H, W) of all tiles. Inputs that are warped as power are
+    written to the folder `power`."""
     rasterio, windows = geo_module("rasterio"), geo_module("rasterio.windows")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(rasterio.Env(GDAL_CACHEMAX=_CACHE))
-        warped = {sensor: _open_warped(plan, sensor, stack) for sensor in plan.inputs}
+        stack.enter_context(rasterio.Env(GDAL_CACHEMAX=max(_CACHE, _row_bytes(plan))))
+        warped = {sensor: _open_warped(plan, sensor, power, stack) for sensor in plan.inputs}
         for top, left in plan.corners:
             window = windows.Window(left, top, plan.size, plan.size)
             images = {}
-            for sensor, (file, numbers, nodata) in warped.items():
-                try:
+            for sensor, (file, numbers, decades) in warped.items():
+                given, header = plan.inputs[sensor], plan.headers[sensor]
+                with _readable(given):
                     *bands, alpha = file.read([*numbers, file.count], window=window)
-                except rasterio.errors.RasterioError as error:
-                    raise ValueError(
-                        f"`input` must be readable, got {plan.inputs[sensor].path} ({error}). Fetch it again."
-                    ) from error
                 pixels = np.stack(bands)
                 valid = (alpha > 0) & np.isfinite(pixels).all(axis=0)
-                if nodata is not None:
-                    valid &= (pixels != nodata).all(axis=0)
-                images[sensor] = (pixels, valid)
+                if decades is not None:
+                    pixels = _stored_decibels(np.where(valid, pixels, 1), decades, np.dtype(header.dtype))
+                images[sensor] = (pixels, valid & valid_pixels(pixels, _nodata(given, header)))
             yield top, left, images
 
 
-def _open_warped(plan: ScenePlan, sensor: str, stack: contextlib.ExitStack):
-    """The whole input on the grid, computed where it is read; its bands, counted from 1; its nodata value. The last
-    band is alpha: 0 outside the input and where its alpha band or mask says so."""
+@contextlib.contextmanager
+def _readable(given: Input) -> Iterator[None]:
+    try:
+        yield
+    except geo_module("rasterio.errors").RasterioError as error:
+        raise ValueError(f"`input` must be readable, got {given.path} ({error}). Fetch it again.") from error
+
+
+def _row_bytes(plan: ScenePlan) -> int:
+    """What a row of tiles is read from, twice: as stored and as warped."""
+    rows = {
+        sensor: min(plan.size * max(1.0, plan.gsd / header.gsd), header.shape[0])
+        for sensor, header in plan.headers.items()
+    }
+    return 2 * sum(
+        math.ceil(rows[sensor]) * header.shape[1] * (len(header.bands) + 1) * max(np.dtype(header.dtype).itemsize, 4)
+        for sensor, header in plan.headers.items()
+    )
+
+
+def _open_warped(plan: ScenePlan, sensor: str, power: Path, stack: contextlib.ExitStack) -> _Warped:
     vrt, resampling = geo_module("rasterio.vrt"), geo_module("rasterio.enums").Resampling
     given, header = plan.inputs[sensor], plan.headers[sensor]
     _, picked = input_bands(given, header)
-    nodata = _nodata(given, header)
-    file = stack.enter_context(open_geotiff(header.path))
-    if header.alpha is None and "alpha" in (colour.name for colour in file.colorinterp):
-        file = _without_alpha(header.path, stack)
+    nodata, alpha, decades = _nodata(given, header), header.alpha, None
+    numbers = [header.positions[position] + 1 for position in picked]
+    if plan.in_power(sensor):
+        decades = _decades(given, header)
+        file = stack.enter_context(open_geotiff(_write_power(given, header, numbers, power / f"{sensor}.tif")))
+        nodata, alpha, numbers = math.nan, None, list(file.indexes)
+    else:
+        file = stack.enter_context(open_geotiff(header.path))
+        if alpha is None and "alpha" in (colour.name for colour in file.colorinterp):
+            file = _without_alpha(header.path, stack)
     warped = vrt.WarpedVRT(
         file,
         src_crs=header.crs,
@@ -329,9 +391,53 @@ def _open_warped(plan: ScenePlan, sensor: str, stack: contextlib.ExitStack):
         resampling=resampling[_resampling(header, plan.gsd)],
         src_nodata=nodata,
         nodata=nodata,
-        add_alpha=header.alpha is None,
+        add_alpha=alpha is None,
     )
-    return stack.enter_context(warped), [header.positions[position] + 1 for position in picked], nodata
+    return _Warped(stack.enter_context(warped), numbers, decades)
+
+
+def _decades(given: Input, header: Header) -> float | None:
+    """Decades of linear power per stored unit of an input in decibels; `None` of another."""
+    unit, scale, _ = _factors(given, header)
+    decibels = unit == "db" or (unit == "dn" and get_sensor(given.sensor).unit == "db")
+    return scale / 10 if decibels else None
+
+
+def _write_power(given: Input, header: Header, numbers: list[int], path: Path) -> Path:
+    """Write an input in decibels as linear power, up to a factor that is one for all; NaN where invalid, or where
+    float32 has no such power."""
+    rasterio, windows = geo_module("rasterio"), geo_module("rasterio.windows")
+    decades, nodata = _decades(given, header), _nodata(given, header)
+    height, width = header.shape
+    profile = {"driver": "GTiff", "dtype": "float32", "nodata": math.nan, "bigtiff": "if_safer"}
+    profile |= {"count": len(numbers), "height": height, "width": width}
+    with (
+        open_geotiff(header.path) as file,
+        rasterio.open(path, "w", crs=header.crs, transform=header.transform, **profile) as power,
+    ):
+        for top in tqdm(range(0, height, _ROWS), f"{given.sensor} to power", unit=f" x {_ROWS} rows"):
+            window = windows.Window(0, top, width, min(_ROWS, height - top))
+            with _readable(given):
+                stored = file.read(numbers, window=window)
+                valid = valid_pixels(stored, nodata)
+                if header.alpha is not None:
+                    valid &= file.read(header.alpha + 1, window=window) > 0
+                elif header.masked:
+                    valid &= file.read_masks(1, window=window) > 0
+            with np.errstate(over="ignore", under="ignore"):
+                values = (10 ** (stored.astype(np.float64) * decades)).astype(np.float32)
+            valid &= (np.isfinite(values) & (values > 0)).all(axis=0)
+            power.write(np.where(valid, values, np.float32(math.nan)), window=window)
+    return path
+
+
+def _stored_decibels(power: np.ndarray, decades: float, dtype: np.dtype) -> np.ndarray:
+    """Stored values of linear power; integers are rounded."""
+    stored = np.log10(power, dtype=np.float64) / decades
+    if dtype.kind == "f":
+        return stored.astype(dtype)
+    limits = np.iinfo(dtype)
+    return np.rint(stored).clip(limits.min, limits.max).astype(dtype)
 
 
 def _without_alpha(path: str, stack: contextlib.ExitStack):
@@ -344,13 +450,14 @@ def _without_alpha(path: str, stack: contextlib.ExitStack):
 
 def _nodata(given: Input, header: Header) -> float | None:
     """The value that marks invalid pixels, if the dtype can hold it; of floats at least NaN."""
-    nodata = header.nodata if given.nodata is None else given.nodata
-    dtype = np.dtype(header.dtype)
-    if dtype.kind == "f":
-        return math.nan if nodata is None else nodata
-    limits = np.iinfo(dtype)
-    holds = nodata is not None and float(nodata).is_integer() and limits.min <= nodata <= limits.max
-    return nodata if holds else None
+    nodata = held_nodata(header.nodata if given.nodata is None else given.nodata, header.dtype)
+    return math.nan if nodata is None and np.dtype(header.dtype).kind == "f" else nodata
+
+
+def _factors(given: Input, header: Header) -> tuple[str, float, float]:
+    """Unit, scale and offset of the bands of an input."""
+    _, picked = input_bands(given, header)
+    return physical_factors(header, given.sensor, given.unit, given.scale, given.offset, picked)
 
 
 def _too_empty(images: dict[str, tuple[np.ndarray, np.ndarray]], min_valid: float) -> str | None:
@@ -383,8 +490,7 @@ def _stored_images(plan: ScenePlan, waiting, number: int, tile: _Kept, grid: Hea
     waiting.seek(number * sum(math.prod(shape) * dtype.itemsize for _, shape, dtype in shapes.values()))
     images = {}
     for sensor, (bands, shape, dtype) in shapes.items():
-        given = plan.inputs[sensor]
-        unit, scale, offset = physical_factors(plan.headers[sensor], sensor, given.unit, given.scale, given.offset)
+        unit, scale, offset = _factors(plan.inputs[sensor], plan.headers[sensor])
         images[sensor] = ShardImage(
             pixels=np.frombuffer(waiting.read(math.prod(shape) * dtype.itemsize), dtype).reshape(shape),
             bands=bands,

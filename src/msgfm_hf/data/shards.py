@@ -375,6 +375,12 @@ class ShardWriter:
         if self._partial.exists():
             shutil.rmtree(self._partial)
         self._partial.mkdir(parents=True)
+        try:
+            self._clear_leftovers()
+            self._check_free()
+        except BaseException:
+            shutil.rmtree(self._partial)
+            raise
         return self
 
     def __exit__(self, kind, error, trace):
@@ -386,7 +392,11 @@ class ShardWriter:
                 if self.folder.exists():
                     former = self._partial.with_suffix(".former")
                     os.replace(self.folder, former)
-                    os.replace(self._partial, self.folder)
+                    try:
+                        os.replace(self._partial, self.folder)
+                    except BaseException:
+                        os.replace(former, self.folder)
+                        raise
                     shutil.rmtree(former)
                 else:
                     os.replace(self._partial, self.folder)
@@ -408,12 +418,35 @@ class ShardWriter:
         if self.counts[row.split] % self.rows_per_file == 0:
             self._files.pop(row.split).__exit__(None, None, None)
 
+    def _clear_leftovers(self):
+        """Remove what killed writers of this source left, and put back a source that one was about to replace."""
+        name = re.compile(rf"\.{re.escape(self.rules.source)}-(\d+)\.(partial|former)")
+        for path in sorted(self.out_dir.iterdir()):
+            match = name.fullmatch(path.name)
+            if match is None or _is_running(int(match[1])):
+                continue
+            if match[2] == "former" and not self.folder.exists():
+                os.replace(path, self.folder)
+            else:
+                shutil.rmtree(path)
+
     def _check_free(self):
         if self.folder.exists() and not self.overwrite:
             raise ValueError(
                 f"`out_dir` must not hold the source already, got {self.folder}. "
                 "Write to another folder, or pass `overwrite=True`."
             )
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        # It is another user's.
+        return True
+    return True
 
 
 def find_sources(path) -> list[str]:
@@ -423,17 +456,31 @@ def find_sources(path) -> list[str]:
         ValueError: if there is none.
     """
     fs, root = fsspec.core.url_to_fs(str(path))
-    if fs.glob(f"{root}/*-*.parquet"):
+    if _holds_shards(fs, root):
         return [str(path)]
-    children = {name.rsplit("/", 2)[-2] for name in fs.glob(f"{root}/*/*-*.parquet")}
     # Hidden folders are those that a writer is still filling.
-    children = sorted(child for child in children if not child.startswith("."))
+    folders = [entry["name"].rstrip("/") for entry in _entries(fs, root) if entry["type"] == "directory"]
+    names = sorted(folder.rsplit("/", 1)[-1] for folder in folders if _holds_shards(fs, folder))
+    children = [name for name in names if not name.startswith(".")]
     if not children:
         raise ValueError(
             "`data` must be a folder of shards such as train-00000.parquet, or a folder of such folders, "
             f"got {str(path)!r}. `msgfm shards` makes one."
         )
     return [f"{str(path).rstrip('/')}/{child}" for child in children]
+
+
+def _entries(fs: fsspec.AbstractFileSystem, folder: str) -> list[dict]:
+    # Listed, not globbed: brackets in a path are no pattern.
+    try:
+        return fs.ls(folder, detail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _holds_shards(fs: fsspec.AbstractFileSystem, folder: str) -> bool:
+    names = (entry["name"].rsplit("/", 1)[-1] for entry in _entries(fs, folder))
+    return any("-" in name and name.endswith(".parquet") for name in names)
 
 
 class ShardSource:
@@ -674,10 +721,7 @@ def shard_splits(path) -> list[str]:
 
 def _shard_files(path: str) -> tuple[fsspec.AbstractFileSystem, dict[str, list[str]]]:
     fs, root = fsspec.core.url_to_fs(path)
-    try:
-        names = sorted(fs.ls(root, detail=False))
-    except (FileNotFoundError, NotADirectoryError):
-        names = []
+    names = sorted(entry["name"] for entry in _entries(fs, root))
     files: dict[str, list[str]] = {}
     for name in names:
         match = re.fullmatch(r"(\w+)-\d+\.parquet", name.rsplit("/", 1)[-1])

@@ -17,7 +17,18 @@ from msgfm_hf.data.shards import UNLABELLED, ShardRow
 
 SPLITS = ("train", "val", "test")
 DEFAULT_SHARES = "0.7,0.15,0.15"
-_SPELLINGS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "dev": "val", "test": "test"}
+_SPELLINGS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "validation": "val",
+    "valid": "val",
+    "dev": "val",
+    "eval": "val",
+    "test": "test",
+    "testing": "test",
+}
+_SHOWN = 5
 # Blocks are squares of equal area everywhere: WGS 84 / NSIDC EASE-Grid 2.0 Global, in metres.
 _EQUAL_AREA = "EPSG:6933"
 # Neighbours whose edges are written with rounding errors do not overlap.
@@ -112,10 +123,27 @@ def parse_shares(text: str) -> dict[str, float]:
 
 
 def split_column(values: Iterable[str]) -> dict[str, str] | None:
-    """`{value: split}` if all values of a column are names of splits (validation, valid and dev are val), else `None`:
-    then they are groups."""
+    """What the values of a column say about splits.
+
+    Returns:
+        `{value: split}` if they are names of splits (training; validation, valid, dev and eval; testing are others of
+        train, val and test); `None` if none is: then they are groups.
+
+    Raises:
+        ValueError: if some are and some are not: dealing them as groups would undo an official split.
+    """
     found = {value: _SPELLINGS.get(value.lower()) for value in values}
-    return None if None in found.values() else found
+    others = sorted(value for value, split in found.items() if split is None)
+    if len(others) == len(found):
+        return None
+    if others:
+        known = sorted(value for value, split in found.items() if split is not None)
+        raise ValueError(
+            f"`split_by` must be a column of splits or of groups, got {', '.join(known)} and also "
+            f"{', '.join(others[:_SHOWN])}{', ...' if len(others) > _SHOWN else ''}. "
+            f"Rename these to one of {', '.join(_SPELLINGS)}, empty them to leave the rows out, or name another column."
+        )
+    return found
 
 
 def deal_groups(rows: dict[str, int], shares: dict[str, float], seed: int = 0) -> dict[str, str]:
@@ -138,8 +166,8 @@ def deal_groups(rows: dict[str, int], shares: dict[str, float], seed: int = 0) -
     lacking = {split: share * sum(rows.values()) for split, share in shares.items() if share > 0}
     if len(rows) < len(lacking):
         raise ValueError(
-            f"`split_by` must make at least {len(lacking)} groups for {', '.join(lacking)}, got {len(rows)}. Take "
-            " smaller blocks or another column, or leave splits out with --shares 0.8,0.2,0."
+            f"`split_by` must make at least {len(lacking)} groups for {', '.join(lacking)}, got {len(rows)}. "
+            "Take smaller blocks or another column, or leave splits out with --shares 0.8,0.2,0."
         )
     empty, dealt = list(lacking), {}
     for left, group in zip(range(len(rows), 0, -1), sorted(rows, key=lambda group: _hash(group, seed)), strict=True):

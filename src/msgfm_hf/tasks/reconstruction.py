@@ -272,7 +272,7 @@ def evaluate_reconstruction(
                 counted = counted_pixels(crops, sensor, target)
                 for name, prediction in candidates.items():
                     error = (prediction - crops.pixel_values[target]).abs().mean(1)
-                    error = torch.where(counted, error, 0).sum((1, 2)).double().tolist()
+                    error = torch.where(counted, error, 0).sum((1, 2)).cpu().double().tolist()
                     for place, value in zip(crops.group_ids, error, strict=True):
                         places[place][name] += value
                 for place, pixels in zip(crops.group_ids, counted.sum((1, 2)).tolist(), strict=True):

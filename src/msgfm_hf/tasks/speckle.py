@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from msgfm_hf.model.image_processing_msgfm import MsGFMImageProcessor
-from msgfm_hf.model.sensors import SensorSpec
+from msgfm_hf.model.sensors import SensorSpec, get_sensor
 
 PERCENTILES = (5, 25, 50, 75, 95)
 
@@ -90,8 +90,9 @@ def compare_backscatter(
 ) -> dict[str, dict]:
     """Backscatter before and after a reconstruction, band by band.
 
-    Both are decoded by the image processor, so `before` is what the model was asked for: clipped to the sensor's range
-    (Sentinel-1: at most 0 dB). A few bright targets above it, which no model here can predict, do not rule the index.
+    Both are decoded by the image processor and clipped to the sensor's range (Sentinel-1: at most 0 dB): `before` is
+    what the model was asked for, which is clipped, and `after` must not differ by that alone. A few bright targets,
+    real or invented, do not rule the index.
 
     Args:
         processor: its inverse radiometry gives decibels and power.
@@ -106,12 +107,13 @@ def compare_backscatter(
     if not counted.any():
         return {}
     pair, counts = torch.stack([before, after]).float().cpu(), counted.cpu()
-    power, decibels = (
-        processor.inverse_radiometry(
-            pair, counts.expand(2, -1, -1), sensor, bands=bands, unit=unit, level=level
-        ).numpy()[:, :, counts.numpy()]
-        for unit in ("power", "db")
-    )
+    decoded = processor.inverse_radiometry(
+        pair, counts.expand(2, -1, -1), sensor, bands=bands, unit="db", level=level
+    ).numpy()[:, :, counts.numpy()]
+    limits = [band.clip or (-np.inf, np.inf) for band in get_sensor(sensor, processor.sensors).select(bands)]
+    low, high = np.array(limits, dtype=np.float32).T[..., None]
+    decibels = decoded.clip(low, high)
+    power = 10 ** (decibels / 10)
     compared = {}
     for number, band in enumerate(bands):
         index = speckle_suppression_index(power[0, number], power[1, number])

@@ -144,6 +144,43 @@ def find_checkpoints(run_dir: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
 
 
+def set_aside_later_checkpoints(run_dir: Path, step: int):
+    """Take what lies after the step that a run goes on from out of the way: it could not be read, and must neither be
+    found again nor count among the checkpoints to keep."""
+    for checkpoint in find_checkpoints(run_dir):
+        if checkpoint.step > step:
+            aside = checkpoint.path.with_name(f"{checkpoint.path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(checkpoint.path, aside)
+
+
+@contextmanager
+def only_writer(run_dir: Path) -> Iterator[None]:
+    """Keep a second run out of a folder; the system takes the lock back when this process ends, however it ends.
+
+    Raises:
+        CheckpointError: if another process has it.
+    """
+    path = run_dir / ".lock"
+    with path.open("w") as file:
+        try:
+            # Not on Windows, where a run must take care of itself.
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"`output_dir` must be of one run at a time, got {str(run_dir)!r}, which another process trains in. "
+                "Stop that one first."
+            ) from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
 def run_record(folder: Path) -> dict | None:
     """`run.json` of the run that a model, or the checkpoint of one, is of; `None` where there is none."""
     run = folder.resolve().parents[1] if (folder / "state.json").is_file() else folder
@@ -218,8 +255,16 @@ def _read_state(path: Path) -> dict:
     return state
 
 
-def load_checkpoint(run_dir: Path, model: MsGFMForPreTraining, made_by: dict) -> tuple[dict, dict] | None:
+def load_checkpoint(
+    run_dir: Path, model: MsGFMForPreTraining, made_by: dict, step: int | None = None
+) -> tuple[dict, dict] | None:
     """Put the weights of the newest whole checkpoint into a model. Damaged ones are told and passed over.
+
+    Args:
+        run_dir: the run's folder.
+        model: to load into.
+        made_by: of the run that is to go on.
+        step: take this checkpoint and no other.
 
     Returns:
         its `state` and the state of its optimiser; `None` where the folder has no checkpoint.
@@ -229,6 +274,8 @@ def load_checkpoint(run_dir: Path, model: MsGFMForPreTraining, made_by: dict) ->
     """
     damage = None
     for checkpoint in find_checkpoints(run_dir):
+        if step not in (None, checkpoint.step):
+            continue
         try:
             return _load(checkpoint, model, made_by)
         except DamagedCheckpointError as error:

@@ -13,7 +13,7 @@ import inspect
 import json
 import math
 import os
-import resource
+import platform
 import signal
 import statistics
 import subprocess
@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -45,8 +45,10 @@ from msgfm_hf.train.checkpoint import (
     checkpoint_errors,
     find_checkpoints,
     load_checkpoint,
+    only_writer,
     save_checkpoint,
     save_model,
+    set_aside_later_checkpoints,
     write_text,
 )
 from msgfm_hf.train.optimisation import build_optimizer, set_learning_rate, source_weights
@@ -67,6 +69,8 @@ _DEFAULT_BATCH_SIZE = 16
 # Steps whose median says what a usual loss is.
 _USUAL_STEPS = 100
 _REHEARSED_STEPS = 4
+# The same Ctrl-C may reach a process twice, from the terminal and from the launcher.
+_IMPATIENT_SECONDS = 2.0
 
 
 def computes_in_bf16(device: torch.device) -> bool:
@@ -212,11 +216,22 @@ def _with_sensors(sources: list[ShardSource], sensors: list[str]) -> list[ShardS
     return [ShardSource(source.path, source.split, names) for source, names in kept if names]
 
 
+def _leave_signals_to_the_run(worker: int):
+    """In a process that reads data: a launcher signals the whole group, and without these the run could not save. A
+    group of its own is out of that reach, and still ends when its run ends it."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+
+
 class Interrupt:
-    """Ctrl-C and SIGTERM ask the run to save and stop; a second one stops at once. A context manager."""
+    """Ctrl-C and SIGTERM ask the run to save and stop; another Ctrl-C, two seconds later or more, stops at once.
+
+    A scheduler and a launcher may each send SIGTERM, so it may come any number of times. A context manager.
+    """
 
     def __enter__(self) -> "Interrupt":
         self.asked = False
+        self._first = 0.0
         self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -225,10 +240,11 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _ask(self, number, frame):
-        if self.asked:
+        if not self.asked:
+            self.asked, self._first = True, time.monotonic()
+            print("\nSaving a checkpoint, then stopping (Ctrl-C once more to stop at once).", file=sys.stderr)
+        elif number == signal.SIGINT and time.monotonic() - self._first >= _IMPATIENT_SECONDS:
             raise KeyboardInterrupt
-        self.asked = True
-        print("\nSaving a checkpoint, then stopping (once more to stop at once).", file=sys.stderr)
 
 
 def pretrain(recipe: Recipe, resume: bool = False) -> dict:
@@ -320,7 +336,7 @@ class _Run:
         self.step, self.turn, self.best, self.bad, self.skipped = 0, 0, None, [], 0
         self.losses: list[float] = []
         self.first_crops = None
-        loaded = load_checkpoint(self.run_dir, self.model, self.made_by) if resume else None
+        loaded = self._load() if resume else None
         if loaded is not None:
             places = loaded[0].pop("streams")
             for stream in mixture.streams:
@@ -329,6 +345,12 @@ class _Run:
                 setattr(self, name, value)
         left = math.ceil(max(self.planned["turns"] - self.turn, 0) / self.turns_per_step)
         self.max_steps = self.step + left
+        identity = zlib.crc32(json.dumps(self.made_by["identity"], sort_keys=True).encode())
+        if len(set(gathered(self.accelerator, [(self.step, self.turn, identity)]))) > 1:
+            raise ValueError(
+                f"`output_dir`, `data` and the recipe must be the same for all processes, got {str(self.run_dir)!r} at "
+                f"step {self.step} and others elsewhere. Let all nodes see the same folders and files."
+            )
         self.prepared = prepare_model(self.accelerator, self.model, recipe.fsdp)
         self.optimizer = build_optimizer(
             self.model, recipe, [source.sensors for source in mixture.sources], mixture.weights
@@ -352,6 +374,17 @@ class _Run:
             mininterval=0.1 if sys.stderr.isatty() else 10,
         )
 
+    def _load(self) -> tuple[dict, dict] | None:
+        """The newest whole checkpoint, as the main process finds it: what one process cannot read, none may use."""
+        if self.accelerator.is_main_process:
+            loaded = load_checkpoint(self.run_dir, self.model, self.made_by)
+        (step,) = broadcast_object_list(
+            [loaded[0]["step"] if self.accelerator.is_main_process and loaded is not None else None]
+        )
+        if not self.accelerator.is_main_process:
+            loaded = None if step is None else load_checkpoint(self.run_dir, self.model, self.made_by, step)
+        return loaded
+
     def check_folder(self, resume: bool):
         """Refuse a folder that something else is in, or a run that is not to go on."""
         files = {path.name for path in self.run_dir.iterdir()} if self.run_dir.is_dir() else set()
@@ -368,9 +401,13 @@ class _Run:
             )
 
     def run(self) -> dict:
-        if self.accelerator.is_main_process:
-            self._open_folder()
-        self.accelerator.wait_for_everyone()
+        with contextlib.ExitStack() as held:
+            if self.accelerator.is_main_process:
+                held.enter_context(self._open_folder())
+            self.accelerator.wait_for_everyone()
+            return self._run()
+
+    def _run(self) -> dict:
         with Interrupt() as interrupt:
             self._train(interrupt)
         self.progress.close()
@@ -382,7 +419,9 @@ class _Run:
     def rehearse(self) -> str:
         """A few steps, and what they say of the whole."""
         batches, loader, times = self._batches(), iter(self._loader()), []
-        for _ in range(min(_REHEARSED_STEPS, self.max_steps)):
+        # What the workers fetch ahead would look faster than it is.
+        ahead = math.ceil(2 * self.recipe.dataloader_num_workers / self.recipe.gradient_accumulation_steps)
+        for _ in range(min(_REHEARSED_STEPS + ahead, self.max_steps)):
             before = time.perf_counter()
             step_batches = self._next_batches(loader)
             counts, inputs = self._agree(step_batches, batches)
@@ -391,7 +430,8 @@ class _Run:
             self._optimise(step_batches, inputs, counts)
             times.append(time.perf_counter() - before)
         self.progress.close()
-        seconds, world = statistics.median(times[1:] or times), self.accelerator.num_processes
+        timed = times[1 + ahead :] or times
+        seconds, world = statistics.median(timed), self.accelerator.num_processes
         device = self.accelerator.device
         lines = [f"{self.recipe.name}, a rehearsal of {len(times)} steps; nothing was trained or saved.", ""]
         lines.append(f"{'source':<16} {'sensors':<12} {'rows':>10} {'per batch':>10} {'per step':>10} {'passes':>8}")
@@ -410,7 +450,9 @@ class _Run:
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device) / 2**30
         else:
-            # Kilobytes on Linux, bytes on macOS.
+            # Not on Windows. Kilobytes on Linux, bytes on macOS.
+            import resource
+
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
         where = "on the device" if device.type == "cuda" else "in this process, libraries included"
         hours = seconds * self.max_steps / 3600
@@ -423,8 +465,8 @@ class _Run:
             f"memory       {states:.2f} GiB for weights, gradients and AdamW's moments"
             f"{f', shared by {world} processes' if self.recipe.fsdp else ''}; "
             f"{peak:.2f} GiB at most {where}",
-            f"one step     {seconds:.3g} s, {images / seconds:.3g} images/s (median of {len(times[1:] or times)}, the "
-            f"first left out; {device.type}, {self.accelerator.mixed_precision})",
+            f"one step     {seconds:.3g} s, {images / seconds:.3g} images/s (median of {len(timed)}, the "
+            f"first {len(times) - len(timed)} left out; {device.type}, {self.accelerator.mixed_precision})",
             f"whole run    {hours:.3g} h, {hours * world:.3g} device-hours on {world} x {device.type}; validation, "
             "checkpoints and pictures come on top",
         ]
@@ -434,19 +476,27 @@ class _Run:
     def finished(self) -> bool:
         return self.step >= self.max_steps
 
-    def _open_folder(self):
-        with checkpoint_errors(self.run_dir):
+    def _open_folder(self) -> contextlib.AbstractContextManager:
+        """Make the folder ready to go on from this step; what is returned keeps other runs out until it is left."""
+        with contextlib.ExitStack() as held, checkpoint_errors(self.run_dir):
             self.run_dir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(only_writer(self.run_dir))
+            set_aside_later_checkpoints(self.run_dir, self.step)
             self._write_record()
             for path in (self.run_dir / "metrics.jsonl", *(self.run_dir / "samples").glob("*.jsonl")):
                 _cut_lines(path, self.step)
-        if self.recipe.report_to:
-            self.accelerator.init_trackers(
-                "logs",
-                config={name: str(value) for name, value in self.made_by["recipe"].items()},
-                # What a killed run told after its last checkpoint does not stay.
-                init_kwargs={"tensorboard": {"purge_step": self.step + 1}},
-            )
+            if self.recipe.report_to:
+                self.accelerator.init_trackers(
+                    "logs",
+                    config={name: str(value) for name, value in self.made_by["recipe"].items()},
+                    # What a killed run told after its last checkpoint does not stay.
+                    init_kwargs={"tensorboard": {"purge_step": self.step + 1}},
+                )
+            kept = held.pop_all()
+        self._say_what_begins()
+        return kept
+
+    def _say_what_begins(self):
         sensor = next(iter(self.config.inputs))
         counts = count_parameters(self.model, inputs=[sensor], targets=[sensor])
         parts = [f"{s.name} {size}" for s, size in zip(self.mixture.sources, self.mixture.batch_sizes, strict=True)]
@@ -476,7 +526,12 @@ class _Run:
             ):
                 if record[name] != self.made_by[name]:
                     print(f"`{name}` of this run was {record[name]} and is {self.made_by[name]} now: {result}.")
-            again = {name: self.made_by[name] for name in ("versions", "commit", "command", "threads", "world_size")}
+            again = {
+                name: self.made_by[name]
+                for name in ("versions", "commit", "command", "threads", "device", "world_size")
+            }
+            fields = self.made_by["recipe"]
+            again["recipe"] = {name: fields[name] for name in fields if fields[name] != record["recipe"].get(name)}
             leg = {"step": self.step, "max_steps": self.max_steps, **again}
             record["resumed"] = [*record.get("resumed", []), leg]
         write_text(path, json.dumps(record, indent=2))
@@ -495,6 +550,7 @@ class _Run:
                 self.accelerator.num_processes,
             ),
             num_workers=recipe.dataloader_num_workers,
+            worker_init_fn=_leave_signals_to_the_run,
             collate_fn=collate,
             pin_memory=self.accelerator.device.type == "cuda",
         )
@@ -572,6 +628,7 @@ class _Run:
         if damaged:
             self._note_damage(gathered(self.accelerator, damage), bool(lost))
         counts = iter((counts / self.turns_per_step).to(device, torch.float32))
+        # Sources come in their order and sensors by name, as `count_loss_pixels` has them.
         nested = [{sensor: next(counts) for sensor in source.sensors} for source in self.mixture.sources]
         return nested if self.turns_per_step > 1 else None, inputs
 
@@ -635,14 +692,18 @@ class _Run:
                 "in metrics.jsonl), lower `learning_rate`, or go on with `--resume --on_bad_loss skip`; the last "
                 "checkpoint is whole."
             )
-        self.progress.write(f"Step {self.step} left out ({self.skipped} so far): {reason}.")
+        self._say(f"Step {self.step} left out ({self.skipped} so far): {reason}.")
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _say(self, text: str):
+        if self.accelerator.is_main_process:
+            self.progress.write(text)
 
     def _note_damage(self, damage: list[tuple[str, str]], lost: bool):
         """List each damaged row once; stop at too many, or where no row could be read in their place."""
         for where, reason in damage:
             if where not in (known for known, _ in self.bad):
-                self.progress.write(f"Damaged row {where} left out: {reason}")
+                self._say(f"Damaged row {where} left out: {reason}")
                 self.bad.append((where, reason))
         if len(self.bad) > self.recipe.max_bad or lost:
             where, reason = self.bad[-1]
@@ -717,7 +778,7 @@ class _Run:
         score = (
             total(self.accelerator, torch.tensor(score, dtype=torch.float64)).item() / self.accelerator.num_processes
         )
-        better = self.best is None or score < self.best["score"]
+        better = self.best is None or score < self.best["score"] or not math.isfinite(self.best["score"])
         if better:
             self.best = {"score": score, "step": self.step}
             weights = full_weights(self.model)
@@ -838,6 +899,8 @@ _FREE_FIELDS = (
     "dataloader_num_workers",
     "max_bad",
     "logging_steps",
+    "eval_steps",
+    "eval_max_crops",
     "save_steps",
     "save_total_limit",
     "gradient_accumulation_steps",
@@ -864,6 +927,7 @@ def _made_by(recipe: Recipe, mixture: Mixture, world: int, precision: str) -> di
         "commit": source_commit(),
         "command": " ".join(sys.argv),
         "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "world_size": world,
     }
 
@@ -890,10 +954,12 @@ def _cut_lines(path: Path, step: int):
     kept = []
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
+            found = json.loads(line)
         except ValueError:
             break
+        # Why a run stopped is worth knowing after it went on.
+        if found["step"] <= step or found.get("event") == "stopped":
+            kept.append(line)
     write_text(path, "".join(f"{line}\n" for line in kept))
 
 
@@ -922,7 +988,7 @@ def _by_way(losses: dict[str, float]) -> dict[str, float]:
 def _mean_over_processes(accelerator: Accelerator, line: dict) -> dict:
     """Nested numbers and tensors -> their means over processes, as plain numbers; None stays."""
     leaves, structure = tree_flatten(line)
-    tensors = [None if leaf is None else torch.as_tensor(leaf, dtype=torch.float64).cpu() for leaf in leaves]
+    tensors = [None if leaf is None else torch.as_tensor(leaf).detach().cpu().double() for leaf in leaves]
     known = [tensor for tensor in tensors if tensor is not None]
     if accelerator.num_processes > 1:
         joined = total(accelerator, torch.cat([tensor.flatten() for tensor in known])) / accelerator.num_processes

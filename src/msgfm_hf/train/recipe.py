@@ -158,6 +158,7 @@ class Recipe:
             near = difflib.get_close_matches(name, fields, n=1)
             need(name in fields, "model", f"name fields of MsGFMConfig{f' (`{near[0]}`?)' if near else ''}")
         need(self.data or self.streams, "data", "name at least one folder of shards")
+        need(not (self.streams and self.sensors), "sensors", "be left out with `streams`, whose `paths` name theirs")
         need(
             not (self.streams and self.dataloader_num_workers),
             "dataloader_num_workers",

@@ -30,6 +30,8 @@ from msgfm_hf.train.checkpoint import run_record
 from msgfm_hf.train.pictures import UNIT_NAMES, Backscatter, Reconstructed, draw_backscatter, draw_directions
 from msgfm_hf.train.pretrain import source_commit
 
+_PICTURES = ("reconstruction.png", "sar_statistics.png")
+
 
 @dataclass
 class Place:
@@ -106,9 +108,10 @@ def reconstruct(
 
     Args:
         model: folder of a pretrained model and its image processor.
-        out: folder to write into. For files: `reconstruction.png`, `IN_to_OUT.tif` per direction and, where a radar
-            sensor is predicted, `sar_statistics.png`; for rows of shards the same in a folder per row. All numbers are
-            in `reconstruction.json`.
+        out: folder to write into: new, empty, or of a former reconstruction, whose files are replaced. For files:
+            `reconstruction.png`, `IN_to_OUT.tif` per direction and, where a radar sensor is predicted,
+            `sar_statistics.png`; for rows of shards the same in a folder per row. All numbers are in
+            `reconstruction.json`.
         inputs: `SENSOR=PATH[,option=value]` (`data.inputs`), on one pixel grid. Give these or `shards`.
         shards: folder of a source, or of several.
         split, rows: at most so many rows of each source of the shards, evenly spread.
@@ -142,8 +145,7 @@ def reconstruct(
         raise ValueError(f"`rows` must be at least 1, got {rows}. Leave it out for one row of each source.")
     if region not in (None, *LOSS_REGIONS):
         raise ValueError(f"`region` must be one of {', '.join(LOSS_REGIONS)}, got {region!r}. Leave it out.")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"`out` must be a folder, got the file {str(out)!r}. Name another.")
+    former = _former_files(out)
     network, processor = _load(model)
     record = run_record(model)
     if region is None:
@@ -197,6 +199,11 @@ def reconstruct(
             )
             _draw(place, normalised, predictions, found, processor, network.config.patch_size, folder)
         Path(temporary, "reconstruction.json").write_text(json.dumps(report, indent=2) + "\n")
+        for path in former:
+            path.unlink(missing_ok=True)
+        for folder in sorted({path.parent for path in former if path.parent != out}):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
         # The numbers last: where they are, so is what they speak of.
         for path in sorted(Path(temporary).rglob("*"), key=lambda path: path.suffix == ".json"):
             if path.is_file():
@@ -204,6 +211,25 @@ def reconstruct(
                 goal.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, goal)
     return report
+
+
+def _former_files(out: Path) -> list[Path]:
+    """The files of the reconstruction that `out` holds; its numbers first, which say what the others are."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"`out` must be a folder, got the file {str(out)!r}. Name another.")
+    if not out.exists() or not any(out.iterdir()):
+        return []
+    numbers = out / "reconstruction.json"
+    try:
+        places = json.loads(numbers.read_text())["places"]
+        listed = [out / entry["file"] for place in places for entry in place["directions"]]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"`out` must be new, empty, or the folder of a former reconstruction, got {str(out)!r} with other files "
+            f"({type(error).__name__}: {error}). Name another."
+        ) from error
+    listed += [folder / name for folder in {path.parent for path in listed} for name in _PICTURES]
+    return [numbers, *(path for path in listed if path.resolve().is_relative_to(out.resolve()))]
 
 
 def _load(folder: Path) -> tuple[MsGFMForPreTraining, MsGFMImageProcessor]:
@@ -549,14 +575,14 @@ def _draw(
         rows,
         f"{place.title}\nGrey: masked in the input, invalid, or not predicted. Where a sensor is its own target, "
         "visible pixels are the input's. Stretch limits come from the target; the error reaches to half of its range.",
-        folder / "reconstruction.png",
+        folder / _PICTURES[0],
     )
     if radar:
         draw_backscatter(
             radar,
             f"{place.title}\nBackscatter in the image (before) and in its reconstruction (after), same pixels.\n"
             "SSI = CV after / CV before, of linear power: 1 keeps the statistics, below 1 is smoother.",
-            folder / "sar_statistics.png",
+            folder / _PICTURES[1],
         )
 
 
@@ -603,7 +629,7 @@ def format_reconstruction(report: dict) -> str:
         parts.append(f"{title}\n{align(lines, left=4)}")
         if any(radar.values()):
             parts.append(
-                "Backscatter before and after; mean, std, CV and looks of linear power, SSI = CV after / CV before:\n"
-                + format_backscatter(radar)
+                "Backscatter before and after, both clipped to the sensor's range; mean, std, CV and looks of linear "
+                "power, SSI = CV after / CV before:\n" + format_backscatter(radar)
             )
     return "\n\n".join(parts)
