@@ -382,36 +382,47 @@ def test_fractions_of_names_are_lasting_and_even():
 
 @pytest.mark.parametrize(("how", "afterwards"), [(signal.SIGKILL, 2), (signal.SIGINT, 1)])
 def test_a_stopped_command_goes_on_to_the_bytes_of_one_worker(how, afterwards, pictures, undisturbed, tmp_path, capsys):
-    command = ["shards", "geopile", "--root", str(pictures), "--out", str(tmp_path), "--workers"]
-    half = tmp_path / ".geopile.converting"
+    # A fast or busy machine may be through before the signal comes: then it is tried again.
+    tries = (tmp_path / str(number) for number in range(5))
+    out = next(out for out in tries if stopped_halfway(pictures, out, how))
+    half = out / ".geopile.converting"
+    before = times(half)
+    main(["shards", "geopile", "--root", str(pictures), "--out", str(out), "--workers", str(afterwards)])
+    assert "PatternNet" in capsys.readouterr().out
+    assert len(contents(out / "geopile")) == 6
+    assert contents(out / "geopile") == contents(undisturbed.folder)
+    assert times(out / "geopile").items() >= before.items()
+    made = json.loads((out / "geopile" / "manifest.json").read_text())
+    assert made | {"command": None} == undisturbed.manifest
+
+
+def stopped_halfway(pictures, out, how):
+    """Start the command with two workers and stop it at its first file; whether it was stopped before its last."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "msgfm_hf.cli", *command, "2"],
+        [sys.executable, "-m", "msgfm_hf.cli", "shards", "geopile"]
+        + ["--root", str(pictures), "--out", str(out), "--workers", "2"],
         start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    while not times(half):
-        assert process.poll() is None, process.communicate()[1]
+    half = out / ".geopile.converting"
+    while not times(half) and process.poll() is None:
         time.sleep(0.002)
-    # Ctrl-C reaches the whole group; a process is killed alone, and its workers must notice.
-    (os.killpg if how == signal.SIGINT else os.kill)(process.pid, how)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
-    assert ("the same command goes on from here" in said) == (how == signal.SIGINT)
-    deadline = time.monotonic() + 30
+    if process.poll() is None:
+        # Ctrl-C reaches the whole group; a process is killed alone, and its workers must notice.
+        (os.killpg if how == signal.SIGINT else os.kill)(process.pid, how)
+    _, said = process.communicate(timeout=200)
+    deadline = time.monotonic() + 100
     while group_of(process.pid):
         assert time.monotonic() < deadline, "workers outlive the command"
         time.sleep(0.05)
-    before = times(half)
-    assert 0 < len(before) < 6 and not (tmp_path / "geopile").exists()
-    main([*command, str(afterwards)])
-    assert "PatternNet" in capsys.readouterr().out
-    assert len(contents(tmp_path / "geopile")) == 6
-    assert contents(tmp_path / "geopile") == contents(undisturbed.folder)
-    assert times(tmp_path / "geopile").items() >= before.items()
-    made = json.loads((tmp_path / "geopile" / "manifest.json").read_text())
-    assert made | {"command": None} == undisturbed.manifest
+    if process.returncode == 0:
+        assert (out / "geopile").exists()
+        return False
+    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL), said
+    assert ("the same command goes on from here" in said) == (how == signal.SIGINT)
+    return 0 < len(times(half)) < 6 and not (out / "geopile").exists()
 
 
 def group_of(leader):

@@ -135,7 +135,7 @@ def test_rows_are_the_pixels_and_places_of_the_files(chips):
 def test_rows_are_not_in_the_order_of_keys_and_a_seed_repeats_them(chips):
     orders = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        write_folder(plan("block:20m", S1), chips / "out", name, seed=seed)
+        write_folder(plan("block:160m", S1), chips / "out", name, seed=seed)
         source = ShardSource(chips / "out" / name)
         orders.append([source.read(number)["key"] for number in range(len(source))])
     assert orders[0] == orders[1] != orders[2] and sorted(orders[0]) == sorted(orders[2]) != orders[0]
@@ -229,13 +229,18 @@ def test_masks_without_a_nodata_value_are_said_and_kept(chips):
 
 
 def test_labels_of_keys_that_have_none(chips):
-    planned = plan("block:20m", labels="chips.csv", label="biomass")
+    planned = plan("block:160m", labels="chips.csv", label="biomass")
     said = "\n".join(planned.said)
     assert "read as number" in said and "labels: none for 1 (k8)" in said
     write_folder(planned, chips / "out", "fields")
     rows = read(chips / "out/fields")
     assert rows["k8"][1]["target"] is None
     assert rows["k3"][1]["target"].pixels.tolist() == [[[1.5]]] and rows["k3"][1]["target"].bands == ["biomass"]
+
+
+def test_blocks_smaller_than_an_image_would_be_chance(chips):
+    with pytest.raises(ValueError, match="`split_by` blocks must be at least as large as an image, got 150 m .* 160 m"):
+        plan("block:150m", S1)
 
 
 def test_masks_and_shapes_are_targets(chips):

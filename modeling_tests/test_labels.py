@@ -320,3 +320,25 @@ def test_masks_without_names_are_reported_by_id(tmp_path, grid):
 def test_more_classes_than_ids():
     with pytest.raises(ValueError, match="`classes` must be at most 255 names, got 256"):
         shard_schema(["dsm"], classes=[str(number) for number in range(256)])
+
+
+@pytest.mark.parametrize("nothing", ["nan", "NaN", "NA", "n/a", "None", "null", ""])
+def test_what_pandas_and_spreadsheets_write_for_nothing_is_no_class(tmp_path, nothing):
+    path = write_table(tmp_path / "t.csv", f"key,cover\na,crop\nb,{nothing}\n")
+    labels = TableLabels(read_key_table(path, ["a", "b"]), "cover", ["a", "b"])
+    assert labels.kind == "class" and labels.has("a") and not labels.has("b")
+
+
+def test_keys_without_images_are_told(tmp_path):
+    path = write_table(tmp_path / "t.csv", "key,cover\na,crop\nghost,crop\n")
+    assert read_key_table(path, ["a"]).said.endswith("1 of its keys have no images (ghost)")
+
+
+@pytest.mark.parametrize("ids", [("1", "2"), ("1.0", "7.0")])
+def test_whole_numbers_may_be_classes_or_amounts(tmp_path, ids):
+    path = write_table(tmp_path / "t.csv", f"key,cover\na,{ids[0]}\nb,{ids[1]}\n")
+    table = read_key_table(path, ["a", "b"])
+    with pytest.raises(ValueError, match="`label_type` must say whether whole numbers are classes or amounts, got"):
+        TableLabels(table, "cover", ["a", "b"])
+    assert TableLabels(table, "cover", ["a", "b"], "class").read("a", None) == ([ids[0]], None)
+    assert TableLabels(table, "cover", ["a", "b"], "number").numbers == {"a": float(ids[0]), "b": float(ids[1])}

@@ -1,5 +1,6 @@
 """Shards on disk: the schema of the design, bytes that survive, damage that is found, and the report on a folder."""
 
+import dataclasses
 import io
 import json
 import os
@@ -26,6 +27,7 @@ from msgfm_hf.data.shards import (
     shard_schema,
     shard_splits,
 )
+from msgfm_hf.model.sensors import SENSORS
 
 RGB, S1, S2 = ["red", "green", "blue"], ["VV", "VH"], ["B02", "B03", "B04", "B08"]
 META = {
@@ -610,3 +612,21 @@ def test_the_contact_sheet_shows_rows_and_sensors(tmp_path):
     with pytest.raises(ValueError, match="`split` must be one of train, got 'test'"):
         contact_sheet(tmp_path / "shards" / "pairs", tmp_path / "two.png", split="test")
     assert not (tmp_path / "two.png").exists()
+
+
+@pytest.mark.parametrize("fill", [-9999, -32768])
+@pytest.mark.parametrize("sensor, unit, scale", [("s1", "db", 1.0), ("dsm", "metres", 1.0), ("s1", "db", 0.1)])
+def test_a_fill_value_that_nobody_declared_is_refused(tmp_path, sensor, unit, scale, fill):
+    bands = SENSORS[sensor].band_names
+    pixels = np.full((len(bands), 16, 16), (-15 if unit == "db" else 300) / scale, np.float32)
+    pixels[:, :, 0] = fill
+    image = ShardImage(pixels, bands, unit, scale)
+    with (
+        pytest.raises(ValueError, match=f"`nodata` of sensor '{sensor}' must be said .* got a value of {fill} that"),
+        ShardWriter(tmp_path, "mine", [sensor]) as writer,
+    ):
+        writer.write(ShardRow("a", "mine", "train", "here", {sensor: image}))
+    assert not (tmp_path / "mine").exists()
+    with ShardWriter(tmp_path, "mine", [sensor]) as writer:
+        declared = dataclasses.replace(image, nodata=float(fill))
+        writer.write(ShardRow("a", "mine", "train", "here", {sensor: declared}))

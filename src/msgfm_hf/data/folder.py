@@ -310,6 +310,12 @@ def _group_by_block(rows: list[PlannedRow], size: float):
                 "Georeference it, or split by a column."
             )
         height, width = row.grid.shape
+        side = max(height, width) * row.grid.gsd
+        if size < side:
+            raise ValueError(
+                f"`split_by` blocks must be at least as large as an image, got {size:g} m for {row.grid.path} of "
+                f"{side:.4g} m: neighbours would fall into splits by chance. Take blocks several times as large."
+            )
         centres.append((crs_name(row.grid.crs), *(row.grid.transform @ (width / 2, height / 2))))
     for row, group in zip(rows, block_groups(centres, size), strict=True):
         row.group_id = group

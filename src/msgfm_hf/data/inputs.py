@@ -154,7 +154,8 @@ def input_header(given: Input, path=None) -> Header:
     raise ValueError(
         f"`bands` must name the {count} bands of {header.path} in file order, got "
         f"{'the colours ' if header.coloured else ''}{found}. "
-        f"Add ,bands={_paste(given, count)} to --input {given.sensor}=..."
+        f"Add ,bands={_paste(given, count)} to --input {given.sensor}=..., in the order that the file has: look it up, "
+        "for nothing here can tell."
     )
 
 

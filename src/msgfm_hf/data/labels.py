@@ -68,7 +68,7 @@ class KeyTable:
                 f"`column` must be one of those of {self.path}, {', '.join(self.columns)}, got {column!r}. Correct it."
             )
         found = {key: self.rows[key][column] for key in keys if key in self.rows}
-        return {key: value for key, value in found.items() if value}
+        return {key: value for key, value in found.items() if value.lower() not in _NO_VALUE}
 
 
 def read_key_table(path, keys: Iterable[str]) -> KeyTable:
@@ -106,7 +106,15 @@ def read_key_table(path, keys: Iterable[str]) -> KeyTable:
             )
         rows[line[column]] = line
     said = f"{path}: {len(rows)} of {len(wanted)} keys found in column {column!r}"
+    others = sorted({line[column] for line in lines if line[column]} - wanted)
+    if others:
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        said += f"; {len(others)} of its keys have no images ({', '.join(others[:5])}{more})"
     return KeyTable(str(path), column, columns, rows, said)
+
+
+# How spreadsheets and pandas write that there is nothing.
+_NO_VALUE = ("", "nan", "na", "n/a", "none", "null")
 
 
 class TableLabels:
@@ -137,6 +145,12 @@ class TableLabels:
         if kind is None:
             listed = any(mark in text for text in self.values.values() for mark in _LIST_MARKS)
             kind = "list" if listed else "class" if None in numbers.values() else "number"
+            if kind == "number" and all(value == int(value) for value in numbers.values()):
+                few = ", ".join(sorted(set(self.values.values()))[:5])
+                raise ValueError(
+                    f"`label_type` must say whether whole numbers are classes or amounts, got column {column!r} of "
+                    f"{table.path} with {few}. Add --label-type class or --label-type number."
+                )
             how = f"they look so; --label-type {'|'.join(LABEL_TYPES)} says otherwise"
         else:
             how = "as told"

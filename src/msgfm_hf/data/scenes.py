@@ -26,7 +26,7 @@ from msgfm_hf.data.geotiff import (
     write_mask,
 )
 from msgfm_hf.data.inputs import Input, input_bands, input_header, input_levels
-from msgfm_hf.data.labels import VectorLabels
+from msgfm_hf.data.labels import VectorLabels, hide_invalid
 from msgfm_hf.data.shards import ShardImage, ShardRow, ShardWriter, valid_pixels
 from msgfm_hf.data.splits import DEFAULT_SHARES, SplitCounts, deal_groups, parse_shares, parse_split_by
 from msgfm_hf.model.sensors import get_sensor
@@ -268,15 +268,16 @@ def write_scenes(
             tile = kept[number]
             group, grid = plan.group(tile.top, tile.left), plan.tile(tile.top, tile.left)
             key = f"{name}_y{tile.top:06d}_x{tile.left:06d}"
+            images = _stored_images(plan, waiting, int(number), tile, grid)
             row = ShardRow(
                 key,
                 name,
                 dealt[group],
                 group,
-                _stored_images(plan, waiting, int(number), tile, grid),
+                images,
                 pair_id=key if len(plan.inputs) > 1 else None,
                 bounds=header_bounds(grid),
-                target=labels.read(key, grid)[1] if labels else None,
+                target=_labels_on(labels, key, grid, images) if labels else None,
             )
             writer.write(row)
             counts.setdefault(row.split, SplitCounts()).add(row)
@@ -286,6 +287,11 @@ def write_scenes(
                 "Check the coordinates."
             )
     return counts, said
+
+
+def _labels_on(labels: VectorLabels, key: str, grid: Header, images: dict[str, ShardImage]) -> ShardImage | None:
+    target = labels.read(key, grid)[1]
+    return None if target is None else hide_invalid(target, list(images.values()))
 
 
 def _grid_system(header: Header, gsd: float, said: list[str]):

@@ -35,6 +35,8 @@ COMMON_SENSORS = ("dsm", "rgb", "s1", "s2")
 # so that a row group is read about once per epoch.
 BLOCK_ROW_GROUPS = 4
 _OPEN_FILES = 32
+# No decibels and no heights lie below: what does is a mark of missing pixels that nobody declared.
+_LEAST = {"db": -900.0, "metres": -900.0}
 _ROW_COLUMNS = ("key", "group_id", "pair_id", "bounds", "labels")
 
 
@@ -262,6 +264,15 @@ class ShardRules:
             self._processor.check(pixels, valid, sensor, image.bands, image.units, image.scale, image.offset_dn)
         except ValueError as error:
             raise ValueError(f"{error} This is row {key!r} of source {self.source!r}.") from error
+        if image.units in _LEAST:
+            lowest = np.where(image.valid_mask(), image.pixels, np.inf).min() * image.scale + image.offset
+            if lowest < _LEAST[image.units]:
+                stored = (lowest - image.offset) / image.scale
+                raise ValueError(
+                    f"`nodata` of sensor {sensor!r} must be said where pixels are no measurements, got a value of "
+                    f"{stored:g} that counts as valid (row {key!r} of source {self.source!r}). Add `nodata={stored:g}` "
+                    "to its input, or to the file."
+                )
 
 
 class ShardFile:
