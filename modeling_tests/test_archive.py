@@ -398,9 +398,9 @@ def test_a_stopped_command_goes_on_to_the_bytes_of_one_worker(how, afterwards, p
 
 def stopped_halfway(pictures, out, how):
     """Start the command with two workers and stop it at its first file; whether it was stopped before its last."""
+    command = ["shards", "geopile", "--root", str(pictures), "--out", str(out), "--workers", "2"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "msgfm_hf.cli", "shards", "geopile"]
-        + ["--root", str(pictures), "--out", str(out), "--workers", "2"],
+        [sys.executable, "-m", "msgfm_hf.cli", *command],
         start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
