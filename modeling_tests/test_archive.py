@@ -19,10 +19,11 @@ import PIL.Image
 import pytest
 
 from msgfm_hf.cli import main
-from msgfm_hf.data.archive import Archive, Item, Listing, Reading, convert_archive, format_conversion, hashed_fraction
+from msgfm_hf.data.archive import Archive, Item, Listing, Reading, convert_archive, format_conversion
 from msgfm_hf.data.geopile import GeoPile
 from msgfm_hf.data.inspect import inspect_shards
 from msgfm_hf.data.shards import ShardImage, ShardRow, ShardSource, find_sources, shard_splits
+from msgfm_hf.data.splits import hashed_fraction
 
 SIZES = {"train": 14, "val": 5, "test": 3}
 

@@ -9,9 +9,10 @@ import tifffile
 from rasterio.transform import from_origin
 
 from msgfm_hf.cli import main
-from msgfm_hf.data.archive import convert_archive, hashed_fraction
+from msgfm_hf.data.archive import convert_archive
 from msgfm_hf.data.ben_ge import CLASSES, BenGe
 from msgfm_hf.data.shards import ShardSource, shard_splits
+from msgfm_hf.data.splits import hashed_fraction
 from shard_rows import rows
 
 # Native metres of the bands in the order of the product, which has no B10 (BigEarthNet v1).

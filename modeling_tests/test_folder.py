@@ -143,7 +143,9 @@ def test_rows_are_not_in_the_order_of_keys_and_a_seed_repeats_them(chips):
 
 def test_grids_must_agree_within_a_row(chips):
     chip(chips / "chips/s2/k3.tif", 4, "s2")
-    with pytest.raises(ValueError, match=r"`input` must share one pixel grid .*chips/s2/k3.tif with .*gdalwarp"):
+    with pytest.raises(
+        ValueError, match=r"`input` must be images on one pixel grid, .*chips/s2/k3.tif with .*gdalwarp"
+    ):
         plan("block:1km")
 
 
@@ -179,7 +181,7 @@ def test_masks_on_another_grid_are_found_before_any_pixel_is_read(chips):
     ids = np.zeros((1, SIZE, SIZE), np.uint8)
     write_geotiff(chips / "masks/k2.tif", ids, origin=(ORIGIN[0] + 320, ORIGIN[1]))
     write_geotiff(chips / "masks/k3.tif", ids, origin=(ORIGIN[0] + 320, ORIGIN[1]))
-    with pytest.raises(ValueError, match="`labels` must share one pixel grid in a row, got masks/k3.tif"):
+    with pytest.raises(ValueError, match="`labels` must be images on one pixel grid, got masks/k3.tif"):
         plan("part", S1, splits="chips.csv", labels="masks/{key}.tif")
 
 

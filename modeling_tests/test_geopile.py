@@ -8,8 +8,9 @@ import pytest
 import tifffile
 
 from msgfm_hf.cli import main
-from msgfm_hf.data.archive import convert_archive, hashed_fraction
+from msgfm_hf.data.archive import convert_archive
 from msgfm_hf.data.geopile import GeoPile
+from msgfm_hf.data.splits import hashed_fraction
 from shard_rows import rows
 
 

@@ -445,7 +445,7 @@ def test_partners_elsewhere_and_cells_of_another_size_are_damage(tmp_path):
         "vh": tiff(np.ones((SIDE, SIDE), np.float32), origin(1), 10)
     }
     rows = {"s2": [made(optical, 0)], "s1": [radar(0, **vv)]}
-    with pytest.raises(CorruptShardError, match="`s1` must lie where the first data set does, from .* got"):
+    with pytest.raises(CorruptShardError, match="`s1` must lie where the first data set does, .* got .*449801"):
         small(tmp_path / "elsewhere", rows, tile_size=SIDE).read(0)
     larger = tiff(np.ones((SIDE + 12, SIDE + 12), np.float32), origin(1), 10)
     source = small(tmp_path / "size", {"s1": [made(radar, 0), radar(1, vv=larger, vh=larger)]})
@@ -647,10 +647,9 @@ def test_a_tile_fits_into_a_cell(archive):
         stream(archive, tile_size=SIDE + 1).read(0)
 
 
-@pytest.mark.parametrize(("library", "extra"), [("datasets", "train"), ("rasterio", "geo")])
-def test_a_library_that_is_not_there(archive, monkeypatch, library, extra):
-    monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(ImportError, match=rf"`{library}` is needed to stream Major-TOM.*msgfm_hf\[{extra}\]"):
+def test_a_library_that_is_not_there(archive, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rasterio", None)
+    with pytest.raises(ImportError, match=r"`rasterio` is needed .*msgfm_hf\[geo\]"):
         stream({"s1": archive["s1"]})
 
 

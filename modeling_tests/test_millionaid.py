@@ -8,9 +8,10 @@ import pytest
 
 from geotiff_files import write_geotiff
 from msgfm_hf.cli import main
-from msgfm_hf.data.archive import convert_archive, hashed_fraction, read_picture
+from msgfm_hf.data.archive import convert_archive, read_picture
 from msgfm_hf.data.millionaid import MillionAid
 from msgfm_hf.data.shards import ShardSource, shard_splits
+from msgfm_hf.data.splits import hashed_fraction
 
 TREE = {
     "train/agriculture_land/arable_land/dry_field/P0000001.jpg": (110, 110),

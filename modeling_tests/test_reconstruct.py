@@ -581,7 +581,9 @@ def test_a_sensor_the_model_lacks(radar_model, world, tmp_path):
 )
 def test_images_on_other_grids_are_refused(radar_model, world, tmp_path, shape, transform, crs):
     write(tmp_path / "s1.tif", np.full((2, *shape), -10, np.float32), ["VV", "VH"], transform, crs)
-    message = "`input` must be images on one pixel grid, got .* x 44 pixels of .*EPSG.* sensor 's2'.*gdalwarp.*scenes`"
+    message = (
+        "`input` must be images on one pixel grid, got .*s2.tif with .*EPSG.*, and .*s1.tif with .*scenes.*gdalwarp"
+    )
     with pytest.raises(ValueError, match=message):
         reconstruct(radar_model, tmp_path / "out", [f"s1={tmp_path / 's1.tif'}", *inputs(world, "s2")])
     assert [path.name for path in tmp_path.iterdir()] == ["s1.tif"]

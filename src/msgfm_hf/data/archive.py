@@ -30,13 +30,12 @@ import torch
 from tqdm.auto import tqdm
 
 from msgfm_hf import __version__
+from msgfm_hf.data.geotiff import GRID_TOLERANCE, corner_distance
 from msgfm_hf.data.shards import ROWS_PER_FILE, ShardFile, ShardImage, ShardRow, ShardRules
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-# Corners of the images of a pair may differ by this part of a pixel: what is lost where a transform is stored as text.
-_GRID_TOLERANCE = 0.01
 # An image with less than this part of valid pixels teaches little, and is most often a fault of the archive.
 MIN_VALID = 0.5
 # Errors of the machine, not of a file: another attempt may pass.
@@ -278,11 +277,6 @@ def existing_folder(folder: Path, holds: str) -> Path:
     return folder
 
 
-def hashed_fraction(name: str) -> float:
-    """A number in [0, 1) that depends on nothing but the name: names below 0.01 are a lasting 1 % of any list."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
-
-
 def check_image(image: ShardImage, sensor: str, path, dtype: str, size: tuple[int, int]):
     """Refuse an image that is not what its archive promises, or hardly has a valid pixel.
 
@@ -318,11 +312,8 @@ def check_pair(images: dict[str, ShardImage], key: str):
     for sensor, image in others:
         sound = one.crs is not None and image.crs == one.crs and image.pixels.shape[1:] == one.pixels.shape[1:]
         if sound:
-            _, dx, row_rotation, _, column_rotation, dy = one.transform
-            step = min(abs(number) for number in (dx, row_rotation, column_rotation, dy) if number)
-            # Origins and steps: an error of a step grows by the size of the image.
-            sizes = (1, image.pixels.shape[2], image.pixels.shape[1]) * 2
-            sound = (np.abs(np.subtract(one.transform, image.transform)) * sizes).max() <= _GRID_TOLERANCE * step
+            shape = one.pixels.shape[1:]
+            sound = corner_distance(one.transform, shape, image.transform, shape) <= GRID_TOLERANCE
         if not sound:
             grids = [(i.pixels.shape[1:], i.crs and i.crs[:40], i.transform) for i in (one, image)]
             raise ValueError(

@@ -24,10 +24,10 @@ from msgfm_hf.data.archive import (
     check_image,
     check_pair,
     existing_folder,
-    hashed_fraction,
 )
 from msgfm_hf.data.geotiff import read_image, wgs84_bounds
 from msgfm_hf.data.shards import ShardImage, ShardRow
+from msgfm_hf.data.splits import hashed_fraction
 from msgfm_hf.model.sensors import SENSORS
 
 _FOLDERS = {

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from msgfm_hf.data.geotiff import Header, crs_name, header_bounds, physical_factors
+from msgfm_hf.data.geotiff import Header, check_grid, crs_name, header_bounds, physical_factors
 from msgfm_hf.data.inputs import Input, input_bands, input_header, input_levels, read_input
 from msgfm_hf.data.labels import (
     KeyTable,
@@ -23,7 +23,6 @@ from msgfm_hf.data.labels import (
     MaskLabels,
     TableLabels,
     VectorLabels,
-    check_grid,
     hide_invalid,
     read_key_table,
 )

@@ -15,10 +15,10 @@ from msgfm_hf.data.archive import (
     Reading,
     existing_folder,
     find_files,
-    hashed_fraction,
     read_picture,
 )
 from msgfm_hf.data.shards import ShardImage, ShardRow
+from msgfm_hf.data.splits import hashed_fraction
 from msgfm_hf.model.sensors import SENSORS
 
 PICTURES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp")

@@ -22,7 +22,7 @@ _EARTH_RADIUS = 6_371_008.8
 _SHRINKING = {"longlat": 0.5, "eqc": 0.5, "merc": 1.0, "webmerc": 1.0}
 _COLOURS = ("red", "green", "blue")
 # Corners of one grid may differ by this part of a pixel: what is lost where a transform is written as text.
-_GRID_TOLERANCE = 0.01
+GRID_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
@@ -173,14 +173,41 @@ def same_grid(one: Header, other: Header) -> bool:
         return False
     if one.crs is None or other.crs is None:
         return True
-    height, width = one.shape
-    corners = [~one.transform @ (other.transform @ corner) for corner in ((0, 0), (width, 0), (0, height))]
-    apart = [
-        abs(a - b)
-        for found, at in zip(corners, ((0, 0), (width, 0), (0, height)), strict=True)
-        for a, b in zip(found, at, strict=True)
-    ]
-    return max(apart) <= _GRID_TOLERANCE and (one.crs == other.crs or _horizontal(one.crs) == _horizontal(other.crs))
+    apart = corner_distance(one.transform.to_gdal(), one.shape, other.transform.to_gdal(), other.shape)
+    return apart <= GRID_TOLERANCE and (one.crs == other.crs or _horizontal(one.crs) == _horizontal(other.crs))
+
+
+def check_grid(header: Header, grid: Header, argument: str = "input"):
+    """Refuse a file whose pixels do not lie on those of another.
+
+    Args:
+        header, grid (`Header`): of the file, and of the one that gives the grid.
+        argument (`str`): the argument that is at fault.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if not same_grid(grid, header):
+        raise ValueError(
+            f"`{argument}` must be images on one pixel grid, got {_grid_text(header)}, and {_grid_text(grid)}. "
+            "`msgfm shards scenes` warps large images to one grid; gdalwarp -t_srs -te -ts does it for chips."
+        )
+
+
+def corner_distance(transform, shape, other_transform, other_shape) -> float:
+    """How far the corners of two images lie apart.
+
+    Args:
+        transform, other_transform (`Sequence[float]`): from pixels to coordinates, in GDAL's order, of one system.
+        shape, other_shape (`tuple[int, int]`): height and width in pixels.
+
+    Returns:
+        The largest distance of a corner from its counterpart, along one axis, in pixels of the first image.
+    """
+    _, dx, row_rotation, _, column_rotation, dy = transform
+    pixel = min(abs(step) for step in (dx, row_rotation, column_rotation, dy) if step)
+    corners, others = _corners(transform, shape), _corners(other_transform, other_shape)
+    return float(np.abs(np.subtract(corners, others)).max()) / pixel
 
 
 def has_true_metres(crs) -> bool:
@@ -423,12 +450,26 @@ def _crs_name(wkt: str) -> str:
     return geo_module("rasterio.crs").CRS.from_wkt(wkt).to_string()
 
 
-def _bounds(transform, shape) -> tuple[float, float, float, float]:
+def _corners(transform, shape) -> list[tuple[float, float]]:
     x, dx, row_rotation, y, column_rotation, dy = transform
     height, width = shape
-    xs = [x + dx * c + row_rotation * r for c in (0, width) for r in (0, height)]
-    ys = [y + column_rotation * c + dy * r for c in (0, width) for r in (0, height)]
+    ends = [(column, row) for column in (0, width) for row in (0, height)]
+    return [(x + dx * c + row_rotation * r, y + column_rotation * c + dy * r) for c, r in ends]
+
+
+def _bounds(transform, shape) -> tuple[float, float, float, float]:
+    xs, ys = zip(*_corners(transform, shape), strict=True)
     return min(xs), min(ys), max(xs), max(ys)
+
+
+def _grid_text(header: Header) -> str:
+    place = "no place on the map"
+    if header.crs is not None:
+        crs = crs_name(header.crs)
+        place = f"{crs if len(crs) < 40 else crs[:37] + '...'}, "
+        place += f"origin ({header.transform.c:.10g}, {header.transform.f:.10g}), "
+        place += f"pixels of {header.transform.a:.6g} x {-header.transform.e:.6g}"
+    return f"{header.path} with {header.shape[0]} x {header.shape[1]} pixels, {place}"
 
 
 @functools.lru_cache(maxsize=64)

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from msgfm_hf.data.geotiff import Header, crs_name, geo_module, open_geotiff, read_header, same_grid
+from msgfm_hf.data.geotiff import Header, check_grid, crs_name, geo_module, open_geotiff, read_header
 from msgfm_hf.data.shards import UNLABELLED, ShardImage
 
 LABEL_TYPES = ("class", "list", "number")
@@ -358,35 +358,6 @@ def hide_invalid(target: ShardImage, images: Iterable[ShardImage]) -> ShardImage
     """
     seen = np.logical_or.reduce([image.valid_mask() for image in images])
     return dataclasses.replace(target, pixels=np.where(seen, target.pixels, np.uint8(UNLABELLED)))
-
-
-def check_grid(header: Header, grid: Header, argument: str = "input"):
-    """Refuse a file whose pixels do not lie on those of another.
-
-    Args:
-        header, grid (`Header`): of the file, and of the one that gives the grid.
-        argument (`str`): the argument that is at fault.
-
-    Raises:
-        ValueError: naming both.
-    """
-    if not same_grid(grid, header):
-        raise ValueError(
-            f"`{argument}` must share one pixel grid in a row, got {_grid_text(header)}, and {_grid_text(grid)}. "
-            "`msgfm shards scenes` warps large images to one grid; gdalwarp -t_srs -te -ts does it for chips."
-        )
-
-
-def _grid_text(header: Header) -> str:
-    place = "no place on the map"
-    if header.crs is not None:
-        place = f"{_short(crs_name(header.crs))}, origin ({header.transform.c:.10g}, {header.transform.f:.10g}), "
-        place += f"pixels of {header.transform.a:.6g} x {-header.transform.e:.6g}"
-    return f"{header.path} with {header.shape[0]} x {header.shape[1]} pixels, {place}"
-
-
-def _short(crs: str) -> str:
-    return crs if len(crs) < 40 else crs[:37] + "..."
 
 
 def _number(text: str) -> float | None:

@@ -8,11 +8,7 @@ it, from south to north and then from west to east. So the data sets are read be
 
 import contextlib
 import dataclasses
-import functools
-import hashlib
-import importlib
 import re
-import warnings
 import weakref
 import zlib
 from dataclasses import dataclass
@@ -23,9 +19,18 @@ import torch
 from torch.utils.data import get_worker_info
 from tqdm.auto import tqdm
 
-from msgfm_hf.data.geotiff import wgs84_bounds
+from msgfm_hf.data.geotiff import (
+    GRID_TOLERANCE,
+    corner_distance,
+    crs_name,
+    geo_module,
+    knows_band,
+    open_geotiff,
+    wgs84_bounds,
+)
 from msgfm_hf.data.mixture import grid_crops
 from msgfm_hf.data.shards import CorruptShardError, ShardImage, valid_pixels
+from msgfm_hf.data.splits import hashed_fraction
 from msgfm_hf.model.image_processing_msgfm import MsGFMImageProcessor
 from msgfm_hf.model.sensors import SENSORS, SensorSpec
 
@@ -52,8 +57,6 @@ _OFFSET_BASELINE, _OFFSET_DN, _OFFSET_SINCE = 400, -1000.0, "20220126"
 # Products that Copernicus' data centre made with Sen2Cor have no baseline of ESA's.
 _NO_BASELINE = 9999
 _REMEDY = "Fetch the file again, or let the rows be left out."
-# Grids whose corners are no further apart, in pixels, are one.
-_SAME = 0.01
 _REASONS = ("unpaired", "projection", "offset", "unnamed")
 
 
@@ -171,7 +174,7 @@ class MajorTomSource:
                 raise ValueError(f"`{argument}` must be at least 1, got {count}. Raise it.")
         if not 0 <= val_share < 1:
             raise ValueError(f"`val_share` must be at least 0 and below 1, got {val_share}. The default is 0.01.")
-        _need("rasterio", "geo")
+        geo_module("rasterio")  # not to miss it at the first row
         self.name, self.split, self.seed = name, split, seed
         self.path = ", ".join(str(path) for path in paths.values())
         self.num_rows, self.tile_size, self.block_cells, self.window = num_rows, tile_size, block_cells, window
@@ -399,7 +402,7 @@ class MajorTomSource:
                 return None
             if _place_of(row["grid_cell"]) is None:
                 self.skipped["unnamed"] += stream is self._streams[0]
-            elif (_share(row["grid_cell"]) < self.val_share) == (self.split == "val"):
+            elif (hashed_fraction(row["grid_cell"]) < self.val_share) == (self.split == "val"):
                 self._pulled[stream.sensor] += 1
                 return row
 
@@ -607,7 +610,7 @@ class _Stream:
         found = {}
         stored = self._open().column_names or ()
         for column in stored:
-            if _knows(spec, column):
+            if knows_band(sensor, column):
                 found[spec.resolve(column)] = column
         self.level = _level(spec, set(found))
         wanted = [band.name for band in spec.bands if self.level is None or self.level in band.levels]
@@ -628,7 +631,9 @@ class _Stream:
         self.seek(None)
 
     def _open(self, columns: list[str] | None = None):
-        datasets, files = _need("datasets", "train"), _data_files(self.path)
+        import datasets  # slow to import, and needed by streams alone
+
+        files = _data_files(self.path)
         try:
             # Without `columns` a row would be fetched with its previews and masks.
             return datasets.load_dataset("parquet", data_files=files, split="train", streaming=True, columns=columns)
@@ -683,25 +688,12 @@ def _level(spec: SensorSpec, bands: set[str]) -> str | None:
     return max(whole, key=lambda level: len(complete[level])) if whole else (spec.levels[-1] if spec.levels else None)
 
 
-def _knows(spec: SensorSpec, name: str) -> bool:
-    try:
-        spec.resolve(name)
-    except ValueError:
-        return False
-    return True
-
-
 def _place_of(cell: str | None) -> tuple[int, int] | None:
     """Row (from south to north) and column (from west to east) in the grid; `None` for what is no cell's name."""
     found = _CELL.fullmatch(cell or "")
     if found is None:
         return None
     return int(found[1]) * (1 if found[2] == "U" else -1), int(found[3]) * (1 if found[4] == "R" else -1)
-
-
-def _share(cell: str) -> float:
-    """A number in [0, 1) that belongs to a cell, the same everywhere."""
-    return int.from_bytes(hashlib.sha256(cell.encode()).digest()[:6], "big") / 2**48
 
 
 def _sensed(product_id: str | None) -> str | None:
@@ -712,13 +704,8 @@ def _sensed(product_id: str | None) -> str | None:
 @contextlib.contextmanager
 def _opened(payload: bytes):
     """A GeoTIFF in memory."""
-    import rasterio
-
-    with warnings.catch_warnings():
-        # That it has no place on the map is found, and reported, by the reader.
-        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-        with rasterio.MemoryFile(payload) as memory, memory.open() as file:
-            yield file
+    with geo_module("rasterio").MemoryFile(payload) as memory, open_geotiff(memory.name) as file:
+        yield file
 
 
 def _projection(payload: bytes | None):
@@ -743,7 +730,9 @@ def _read_band(payload: bytes | None, column: str, core: _Core, where: str) -> _
         with _opened(payload) as file:
             pixels, nodata, crs, transform = file.read(), file.nodata, file.crs, file.transform.to_gdal()
     except Exception as error:  # decoders raise whatever the damaged bytes lead them to
-        raise CorruptShardError(f"`{column}` must be a GeoTIFF, got {error!r} in {where}. {_REMEDY}") from error
+        raise CorruptShardError(
+            f"`{column}` must be a GeoTIFF, got {error.__cause__ or error!r} in {where}. {_REMEDY}"
+        ) from error
     if len(pixels) != 1 or pixels.dtype != core.dtype or crs is None:
         raise CorruptShardError(
             f"`{column}` must be one band of {core.dtype} with a projection, "
@@ -751,7 +740,7 @@ def _read_band(payload: bytes | None, column: str, core: _Core, where: str) -> _
         )
     # One value for what is missing, whatever the file declares.
     pixels[:, ~valid_pixels(pixels, nodata)] = core.nodata
-    return _Band(pixels[0], _crs_name(crs.wkt), list(transform))
+    return _Band(pixels[0], crs_name(crs), list(transform))
 
 
 def _read_bands(row: dict, stream: _Stream, offset_dn: float, where: str) -> ShardImage:
@@ -767,8 +756,8 @@ def _read_bands(row: dict, stream: _Stream, offset_dn: float, where: str) -> Sha
     for name, band in bands.items():
         factor = max(1, finest.pixels.shape[0] // band.pixels.shape[0])
         layer = band.pixels.repeat(factor, axis=0).repeat(factor, axis=1)
-        off = _distance(_corners(band.pixels, band.transform), _corners(finest.pixels, finest.transform))
-        if layer.shape != finest.pixels.shape or band.crs != finest.crs or off > _SAME * abs(finest.transform[1]):
+        off = corner_distance(finest.transform, finest.pixels.shape, band.transform, band.pixels.shape)
+        if layer.shape != finest.pixels.shape or band.crs != finest.crs or off > GRID_TOLERANCE:
             raise CorruptShardError(
                 f"`{stream.columns[name]}` must cover the pixels of the finest band, {finest.pixels.shape} at "
                 f"{finest.transform} in {finest.crs}, got {band.pixels.shape} at {band.transform} in {band.crs} "
@@ -792,14 +781,15 @@ def _read_bands(row: dict, stream: _Stream, offset_dn: float, where: str) -> Sha
 
 def _on_grid(image: ShardImage, grid: ShardImage, sensor: str, where: str) -> ShardImage:
     """An image on the grid of another one that has its footprint."""
-    corners, expected = _corners(image.pixels, image.transform), _corners(grid.pixels, grid.transform)
-    off, pixel = _distance(corners, expected), abs(grid.transform[1])
-    if image.crs != grid.crs or off > max(abs(image.transform[1]), pixel):
+    shape, expected = image.pixels.shape[1:], grid.pixels.shape[1:]
+    off = corner_distance(grid.transform, expected, image.transform, shape)
+    # Within a pixel of the coarser one.
+    if image.crs != grid.crs or off * abs(grid.transform[1]) > max(abs(grid.transform[1]), abs(image.transform[1])):
         raise CorruptShardError(
-            f"`{sensor}` must lie where the first data set does, from {expected[:2]} to {expected[2:]} in {grid.crs}, "
-            f"got {corners[:2]} to {corners[2:]} in {image.crs} in {where}. {_REMEDY}"
+            f"`{sensor}` must lie where the first data set does, {expected} pixels at {grid.transform} in {grid.crs}, "
+            f"got {shape} at {image.transform} in {image.crs} in {where}. {_REMEDY}"
         )
-    if image.pixels.shape[1:] == grid.pixels.shape[1:] and off <= _SAME * pixel:
+    if shape == expected and off <= GRID_TOLERANCE:
         return image
     from rasterio import Affine, warp
 
@@ -816,31 +806,3 @@ def _on_grid(image: ShardImage, grid: ShardImage, sensor: str, where: str) -> Sh
         resampling=warp.Resampling.bilinear,
     )
     return dataclasses.replace(image, pixels=pixels, gsd=grid.gsd, transform=grid.transform)
-
-
-def _corners(pixels: np.ndarray, transform: list[float]) -> list[float]:
-    """The first corner, x and y, then the last."""
-    height, width = pixels.shape[-2:]
-    x, dx, row_rotation, y, column_rotation, dy = transform
-    return [x, y, x + dx * width + row_rotation * height, y + column_rotation * width + dy * height]
-
-
-def _distance(corners: list[float], others: list[float]) -> float:
-    return max(abs(corner - other) for corner, other in zip(corners, others, strict=True))
-
-
-@functools.lru_cache(maxsize=64)
-def _crs_name(wkt: str) -> str:
-    # The search for the authority's code takes longer than reading the pixels.
-    from rasterio.crs import CRS
-
-    return CRS.from_wkt(wkt).to_string()
-
-
-def _need(library: str, extra: str):
-    try:
-        return importlib.import_module(library)
-    except ImportError as error:
-        raise ImportError(
-            f'`{library}` is needed to stream Major-TOM, got "{error}". Run pip install "msgfm_hf[{extra}]".'
-        ) from error

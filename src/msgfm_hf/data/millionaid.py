@@ -8,8 +8,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from msgfm_hf.data.archive import Archive, Item, Listing, Reading, existing_folder, find_files, hashed_fraction
+from msgfm_hf.data.archive import Archive, Item, Listing, Reading, existing_folder, find_files
 from msgfm_hf.data.geopile import PICTURES, VAL_SHARE, read_rgb_item
+from msgfm_hf.data.splits import hashed_fraction
 
 _PARTS = ("test", "train")
 

@@ -19,10 +19,10 @@ from msgfm_hf.data.archive import (
     check_pair,
     existing_folder,
     find_files,
-    hashed_fraction,
 )
 from msgfm_hf.data.geotiff import read_image, wgs84_bounds
 from msgfm_hf.data.shards import ShardRow
+from msgfm_hf.data.splits import hashed_fraction
 from msgfm_hf.model.sensors import SENSORS
 
 _NAME = re.compile(r"(ROIs\d+_(spring|summer|fall|winter))/(s1|s2|lc)_(\d+)/\1_\3_\4_p(\d+)\.tif")

@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from msgfm_hf.data.batch import LOSS_REGIONS, rotations
-from msgfm_hf.data.geotiff import Header, geo_module, same_grid
+from msgfm_hf.data.geotiff import check_grid, geo_module
 from msgfm_hf.data.inputs import input_header, parse_inputs, read_input
 from msgfm_hf.data.shards import ShardImage, ShardSource, find_sources
 from msgfm_hf.model.image_processing_msgfm import MsGFMImageProcessor
@@ -275,12 +275,7 @@ def _read_place(texts: Sequence[str], model: MsGFMForPreTraining) -> Place:
     headers = {sensor: input_header(entry) for sensor, entry in given.items()}
     first, *others = headers
     for sensor in others:
-        if not same_grid(headers[first], headers[sensor]):
-            raise ValueError(
-                f"`input` must be images on one pixel grid, got {_grid(headers[first])} for sensor {first!r} and "
-                f"{_grid(headers[sensor])} for sensor {sensor!r}. Put them on one with `gdalwarp -t_srs -te -ts`, or "
-                "make shards of them with `msgfm shards scenes`."
-            )
+        check_grid(headers[sensor], headers[first])
     return Place(
         "image",
         " and ".join(Path(entry.path).name for entry in given.values()),
@@ -307,14 +302,6 @@ def _check_sensors(sensors: Iterable[str], model: MsGFMForPreTraining):
             f"`model` must have the sensors of the images, got {', '.join(missing)} beside those of the model "
             f"({', '.join(model.config.sensors)}). Leave them out, or give another model."
         )
-
-
-def _grid(header: Header) -> str:
-    height, width = header.shape
-    if header.transform is None:
-        return f"{width} x {height} pixels"
-    x, dx, _, y, _, dy = header.transform.to_gdal()
-    return f"{width} x {height} pixels of {abs(dx):g} x {abs(dy):g} from ({x:.10g}, {y:.10g}) in {header.crs}"
 
 
 def _centre(place: Place, size: int) -> tuple[Place, dict | None]:
