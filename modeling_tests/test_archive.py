@@ -149,8 +149,14 @@ def test_the_report_says_what_was_made_and_what_not(root, tmp_path):
     assert "bad: val02: `plate` must be whole, got pieces of val02. Glue it." in text
     (line,) = (line for line in text.splitlines() if line.strip().startswith("dsm height"))
     assert line.endswith("405.5, 21.25") and "published: nobody" in text
+    assert "no rows of train" not in text
     again = format_conversion(convert(root, tmp_path / "out"))
     assert "complete already, nothing was written" in again and "bad: val02" in again
+
+
+def test_an_archive_without_images_to_train_on_says_so(root, tmp_path, monkeypatch):
+    monkeypatch.setitem(SIZES, "train", 0)
+    assert "! no rows of train: there is nothing to learn from" in format_conversion(convert(root, tmp_path / "out"))
 
 
 def test_a_second_run_writes_nothing(root, tmp_path):

@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from geotiff_files import write_geotiff
+from msgfm_hf import SENSORS
 from msgfm_hf.cli import main
 from msgfm_hf.data.shards import ShardImage, ShardRow, ShardWriter
 from msgfm_hf.model.configuration_msgfm import MsGFMConfig
@@ -70,7 +72,7 @@ def fails(result, *parts):
 def test_help_names_every_command_with_examples(msgfm):
     code, said, _ = msgfm("--help")
     assert code == 0
-    for command in ("shards", "inspect", "evaluate", "report", "pretrain"):
+    for command in ("shards", "sensors", "inspect", "evaluate", "report", "pretrain"):
         assert f"\n    {command} " in said
     assert "msgfm shards sample --out shards" in said
 
@@ -81,6 +83,7 @@ def test_help_names_every_command_with_examples(msgfm):
         ("shards", ["sample", "synthetic"]),
         ("shards sample", ["--root", "--out", "--overwrite", "MSGFM_SAMPLE_DATA", "splits.csv"]),
         ("shards synthetic", ["--out", "--seed", "never a result"]),
+        ("sensors", ["--input", "add_sensor", "msgfm sensors s2"]),
         ("inspect", ["--verify", "--contact-sheet", "--no-contact-sheet"]),
         (
             "evaluate",
@@ -165,6 +168,29 @@ def test_samples_that_are_not_there_are_one_line(msgfm, tmp_path):
         msgfm("shards", "sample", "--out", tmp_path / "s", "--root", ""), "`--root` must be the folder of real samples"
     )
     fails(msgfm("shards", "sample", "--out", tmp_path / "s", "--root", tmp_path / "none"), "`root` must", "none")
+
+
+def test_sensors_are_listed_as_inputs_need_them(msgfm):
+    code, said, _ = msgfm("sensors")
+    assert code == 0
+    assert [line.split(":")[0] for line in said.splitlines() if line and line[0] != " "] == list(SENSORS)
+    _, said, _ = msgfm("sensors", "s2")
+    assert said.startswith(
+        "s2: dn unless unit= says otherwise (one of dn, reflectance); dn with scale 0.0001 and an offset"
+    )
+    lines = {line.split()[0]: line for line in said.splitlines()}
+    assert lines["B8A"].split()[:3] == ["B8A", "865", "20"] and lines["B8A"].endswith("B08A, nir08, nir2, re4")
+    assert "levels: l1c, l2a" in said
+    fails(msgfm("sensors", "s3"), "`sensor` must be one of", "`msgfm sensors` lists them")
+
+
+def test_an_error_does_not_stick_to_a_progress_bar(msgfm, tmp_path):
+    for name, bands in (("a", ["VV", "VH"]), ("b", ["VV"])):
+        write_geotiff(tmp_path / f"{name}.tif", np.full((len(bands), 4, 4), -9, np.float32), bands)
+    words = ["folder", "--input", f"s1={tmp_path}/{{key}}.tif", "--split-by", "block:1km", "--out", tmp_path / "out"]
+    result = msgfm("shards", *words)
+    assert "reading headers" in result[2]
+    fails(result, "must have the same bands")
 
 
 def test_inspect_fails_where_something_is_damaged(msgfm, tmp_path):

@@ -62,6 +62,15 @@ def test_inputs_keep_their_order_and_come_once():
         parse_inputs([])
 
 
+def test_an_offset_that_no_product_has():
+    for offset in ("0", "-1000"):
+        assert parse_input(f"s2=a.tif,offset={offset}").offset == float(offset)
+    assert parse_input("s2=a.tif,offset=-100,scale=1e-5").offset == -100
+    assert parse_input("landsat8=a.tif,offset=7").offset == 7
+    with pytest.raises(ValueError, match=r"`offset` of sensor 's2' must be 0, or -1000 .*, got 1000 in 's2"):
+        parse_input("s2=a.tif,offset=1000")
+
+
 def test_levels_must_be_said_where_statistics_differ():
     assert input_levels(parse_inputs(["s1=a.tif", "s2=b.tif,level=l1c"])) == {"s2": "l1c"}
     with pytest.raises(ValueError, match="`level` of sensor 's2' must be one of l1c, l2a, got none. Add level=l1c or"):
@@ -328,3 +337,24 @@ def test_a_local_system_is_no_place_on_the_map(tmp_path):
     assert header.crs is None and header.gsd is None and header.transform is None
     image = read_input(parse_input(f"rgb={path}"))
     assert image.crs is None and np.array_equal(image.pixels, ramp(3))
+
+
+def test_heights_may_be_in_feet_where_coordinates_are(tmp_path):
+    pixels = np.full((1, 4, 4), 300, np.float32)
+    path = write_geotiff(tmp_path / "a.tif", pixels, ["height"], crs="EPSG:2263", gsd=3)
+    with pytest.raises(ValueError, match=r"`unit` of sensor 'dsm' must be given .*a.tif in US survey foot of 0.3048"):
+        read_input(parse_input(f"dsm={path}"))
+    assert read_input(parse_input(f"dsm={path},unit=metres")).scale == 1
+    feet = read_input(parse_input(f"dsm={path},scale=0.3048006096"))
+    assert feet.units == "metres" and feet.scale == 0.3048006096
+    scaled = write_geotiff(tmp_path / "b.tif", pixels, ["height"], crs="EPSG:2263", gsd=3)
+    with rasterio.open(scaled, "r+") as file:
+        file.scales = [0.3048]
+    assert read_input(parse_input(f"dsm={scaled}")).scale == 0.3048
+
+
+def test_floats_of_sentinel_2_are_told_to_be_reflectance(tmp_path):
+    path = write_geotiff(tmp_path / "a.tif", np.full((1, 4, 4), 0.2, np.float32), ["B02"])
+    with pytest.raises(ValueError, match="`scale` and `offset_dn` of sensor 's2' must .* add unit=reflectance"):
+        read_input(parse_input(f"s2={path}"))
+    assert read_input(parse_input(f"s2={path},unit=reflectance")).units == "reflectance"

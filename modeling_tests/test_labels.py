@@ -51,6 +51,16 @@ def test_the_column_of_keys_is_found(tmp_path):
         table.values("class", ["x1"])
 
 
+def test_other_marks_between_columns_and_names_of_files(tmp_path):
+    for mark in (";", "\t"):
+        path = write_table(tmp_path / "a.csv", f"key{mark}cover\na{mark}0,5\n")
+        with pytest.raises(ValueError, match="`labels` must have commas between columns, got '.*' in .*a.csv"):
+            read_key_table(path, ["a"])
+    path = write_table(tmp_path / "b.csv", "file,cover\ns1/a.tif,crop\n")
+    with pytest.raises(ValueError, match="Add a column `key`: 'file' has names of files, such as 's1/a.tif'"):
+        read_key_table(path, ["a"])
+
+
 def test_the_column_in_which_most_keys_occur_wins(tmp_path):
     """The folds 1 to 5 are also tiles; `fold` comes first."""
     lines = [f"{number % 5 + 1},{number},crop" for number in range(1, 21)]

@@ -13,7 +13,7 @@ import rasterio
 import torch
 from PIL import Image
 
-from msgfm_hf import SENSORS, MsGFMForImageClassification, MsGFMForPreTraining, MsGFMImageProcessor
+from msgfm_hf import SENSORS, MsGFMForImageClassification, MsGFMForPreTraining, MsGFMImageProcessor, __version__
 from msgfm_hf.cli import main
 from msgfm_hf.data.shards import CorruptShardError, ShardImage, ShardRow, ShardWriter
 from msgfm_hf.tasks.speckle import speckle_suppression_index
@@ -345,6 +345,30 @@ def test_heights_without_an_image_stay_relative(world, four_model, tmp_path):
     assert abs(np.nanmean(read(tmp_path / "rgb_to_dsm.tif")[0])) < 100
 
 
+def test_a_file_says_what_made_it(world, four_model, tmp_path):
+    report = reconstruct(four_model, tmp_path, inputs(world, "rgb"), seed=4)
+    with rasterio.open(tmp_path / "rgb_to_dsm.tif") as file:
+        tags = file.tags()
+    assert tags["TIFFTAG_SOFTWARE"] == f"msgfm_hf {__version__}"
+    assert tags["TIFFTAG_IMAGEDESCRIPTION"] == "dsm predicted from masked rgb, not measured"
+    assert tags["MSGFM_MODEL"] == str(four_model) and tags["MSGFM_SEED"] == "4" and tags["MSGFM_TRAINED"] == "True"
+    assert tags["MSGFM_REMARKS"] == "heights are relative to a level that is not known"
+    assert tags["MSGFM_REFERENCE"] == "0.0" and "MSGFM_LEVEL" not in tags
+    assert "  ! rgb → dsm: heights are relative to a level that is not known" in format_reconstruction(report)
+
+
+def test_bands_and_levels_that_the_run_had_not_are_remarked(world, four_model, tmp_path):
+    text = f"s2={world[0] / 's2.tif'},bands=B01+B02+B03,offset=0,level=l1c"
+    report = reconstruct(four_model, tmp_path, [text, *inputs(world, "s1")])
+    said = ["the model's run had no B01 of s2", "s2 is l1c, the model's run had l2a"]
+    assert way(report, "s1", "s2")["remarks"] == way(report, "s2", "s2")["remarks"] == said
+    assert way(report, "s2", "s1")["remarks"] == []
+    with rasterio.open(tmp_path / "s1_to_s2.tif") as file:
+        assert file.tags()["MSGFM_REMARKS"] == "; ".join(said) and file.tags()["MSGFM_LEVEL"] == "l1c"
+    report = reconstruct(four_model, tmp_path / "as-trained", inputs(world, "s1"))
+    assert way(report, "s1", "s2")["remarks"] == []
+
+
 def test_what_the_run_never_crossed_is_left_out_unless_it_is_given(city, world, four_model, tmp_path):
     assert ways(city[1]) == [("dsm", "dsm"), ("rgb", "rgb"), ("dsm", "rgb"), ("rgb", "dsm")]
     report = reconstruct(four_model, tmp_path, inputs(world, "rgb", "s1"))
@@ -390,7 +414,7 @@ def test_nothing_masked_and_no_partner_is_nothing(world, tmp_path):
 
 
 def test_some_bands_and_another_level(world, radar_model, tmp_path):
-    text = f"s2={world[0] / 's2.tif'},bands=B04+B03+B02,offset=-100,level=l2a"
+    text = f"s2={world[0] / 's2.tif'},bands=B04+B03+B02,offset=-100,scale=1e-4,level=l2a"
     report = reconstruct(radar_model, tmp_path, [text])
     values, profile = read(tmp_path / "s2_to_s2.tif")
     assert "; s2 as l2a" in format_reconstruction(report)

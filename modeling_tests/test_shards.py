@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 
@@ -14,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tifffile
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 
 from msgfm_hf.data.inspect import contact_sheet, inspect_shards
@@ -569,6 +572,33 @@ def test_the_report_says_what_is_there(tmp_path):
     assert "invalid pixels: 0.714 %" in report  # 1 of 140
 
 
+@pytest.mark.parametrize(
+    "low, offset, said",
+    [
+        (1000, 0.0, "! no value below 1000 with offset 0: .* make the shards anew with offset=-1000"),
+        (999, 0.0, None),
+        (1, -0.1, "! 50 % of a band of an image is below zero with its offset: .* make the shards anew with offset=0"),
+        (1000, -0.1, None),
+    ],
+)
+def test_an_offset_that_can_hardly_be_is_remarked(tmp_path, low, offset, said):
+    pixels = np.full((4, 10, 14), 2000, np.uint16)
+    pixels[1, :5] = low
+    image = ShardImage(pixels, S2, "dn", 1e-4, offset, nodata=0)
+    with ShardWriter(tmp_path, "pairs", ["s1", "s2"], {"s2": "l2a"}) as writer:
+        writer.write(pair_row(0, s2=image))
+    report = inspect_shards(tmp_path)
+    assert re.search(said, report) if said else "!" not in report
+
+
+def test_the_report_has_the_range_of_numbers(tmp_path):
+    with ShardWriter(tmp_path, "photos", ["rgb"]) as writer:
+        for number in range(3):
+            target = ShardImage(np.full((1, 1, 1), number + 0.5, np.float32), ["biomass"], "number")
+            writer.write(rgb_row(number, target=target))
+    assert "number biomass train: 0.5 to 2.5, median 1.5, of 3 rows" in inspect_shards(tmp_path)
+
+
 def test_the_report_lists_damaged_rows(tmp_path):
     folder = write_rgb(tmp_path, 20, ("train", "val"))
     assert inspect_shards(folder, verify=True).endswith("verified with page checksums: all rows are sound")
@@ -612,6 +642,33 @@ def test_the_contact_sheet_shows_rows_and_sensors(tmp_path):
     with pytest.raises(ValueError, match="`split` must be one of train, got 'test'"):
         contact_sheet(tmp_path / "shards" / "pairs", tmp_path / "two.png", split="test")
     assert not (tmp_path / "two.png").exists()
+
+
+def test_the_contact_sheet_takes_splits_in_turn_and_shows_labels(tmp_path, monkeypatch):
+    write_rgb(tmp_path, 1, ("val", "test"))
+    ids = np.full((1, 10, 14), 255, np.uint8)
+    ids[0, :4], ids[0, 4:6] = 0, 7
+    with ShardWriter(tmp_path, "maps", ["rgb"]) as writer:
+        writer.write(rgb_row(0, source="maps", target=ShardImage(ids, ["class"], "class", nodata=255)))
+        writer.write(rgb_row(1, "val", "maps", labels=["crop", "town"]))
+        number = ShardImage(np.full((1, 1, 1), 2.5, np.float32), ["biomass"], "number")
+        writer.write(rgb_row(2, "test", "maps", target=number))
+    headings, legends = [], []
+    text, legend = Figure.text, Axes.legend
+    monkeypatch.setattr(Figure, "text", lambda self, x, y, s, **o: headings.append(s) or text(self, x, y, s, **o))
+    monkeypatch.setattr(
+        Axes, "legend", lambda self, **o: legends.append([h.get_label() for h in o["handles"]]) or legend(self, **o)
+    )
+    contact_sheet(tmp_path / "maps", tmp_path / "maps.png")
+    assert [heading.split("  |  ") for heading in headings[1:]] == [
+        ["maps train", "train0"],
+        ["maps test", "test2", "biomass 2.5"],
+        ["maps val", "val1", "crop, town"],
+    ]
+    assert legends == [["id 0", "id 7"]]
+    headings.clear()
+    contact_sheet(tmp_path / "photos", tmp_path / "photos.png", split="val")
+    assert headings[1:] == ["photos val  |  val0"]
 
 
 @pytest.mark.parametrize("fill", [-9999, -32768])

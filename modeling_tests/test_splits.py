@@ -159,5 +159,8 @@ def test_counts_of_labels():
         "       crop 1 px, water 2 px; 1 rows unlabelled",
         "val    1 rows, 1 places",
         "       no labels; 1 rows unlabelled",
+        "! train has no town, which the file of labels has",
     ]
+    counts["val"].add(ShardRow("d", "s", "val", "south", {"dsm": image}, labels=["lake"]))
+    assert describe_counts(counts, "class")[-1] == "! train has no lake, which val has"
     assert describe_counts({"train": counts["train"]}) == ["train  2 rows, 1 places"]

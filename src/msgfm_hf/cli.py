@@ -4,6 +4,7 @@ import argparse
 import os
 import shlex
 import sys
+import traceback
 from pathlib import Path
 
 
@@ -226,6 +227,17 @@ def _shards_synthetic(arguments):
     print(f"Look at them with `msgfm inspect {arguments.out}`.")
 
 
+def _sensors(parser: argparse.ArgumentParser):
+    parser.add_argument("sensor", nargs="*", help="ids of sensors (default all)")
+    parser.set_defaults(run=_run_sensors)
+
+
+def _run_sensors(arguments):
+    from msgfm_hf.data.inspect import describe_sensors
+
+    print(describe_sensors(arguments.sensor))
+
+
 def _inspect(parser: argparse.ArgumentParser):
     parser.add_argument("path", help="folder of a source, or of several")
     parser.add_argument("--verify", action="store_true", help="read every page and check its checksum")
@@ -402,6 +414,7 @@ def _run_report_page(arguments):
 # What only one command needs is imported inside it: `msgfm inspect` has no use for accelerate.
 _COMMANDS = {
     "shards": ("make shards, the training format, out of imagery", _shards),
+    "sensors": ("the sensors that are known: bands and their other names, units, levels", _sensors),
     "inspect": ("say and show what is in shards", _inspect),
     "evaluate": ("masked reconstruction and crossings on held-out places, beside baselines", _evaluate),
     "reconstruct": ("mask an image, predict it from itself and from its partners, and see", _reconstruct),
@@ -458,10 +471,14 @@ _DESCRIPTIONS = {
     "what all cover: bilinear, or the average where several pixels fall into one; decibels as linear power. Alpha,\n"
     "masks and nodata are invalid pixels. Whole blocks of tiles are dealt to splits. Memory is bounded by a row of\n"
     "tiles; while it runs, --out needs room for the shards twice, and for decibels as float32.\n\n"
-    "  msgfm shards scenes --input rgb=ortho.tif --input dsm=dsm.tif --gsd 0.10 --size 256 \\\n"
+    "  msgfm shards scenes --input rgb=ortho.tif --input dsm=dsm.tif,unit=metres --gsd 0.10 --size 256 \\\n"
     "    --split-by block:100m --out shards --name village\n"
     "  msgfm shards scenes --input s2=scene.tif,level=l2a,offset=-1000 --gsd 10 --split-by block:10km \\\n"
     "    --labels fields.gpkg --label crop --out shards",
+    "sensors": "What can stand before the = of --input SENSOR=..., and what unit=, level= and bands= can be. A sensor\n"
+    "of your own is added in Python: add_sensor(SensorSpec(...)).\n\n"
+    "  msgfm sensors                               all of them\n"
+    "  msgfm sensors s2                            the bands of Sentinel-2",
     "inspect": "Counts, places, bands, units, sizes, dates and values of shards, and a picture of some rows.\n\n"
     "  msgfm inspect shards                        every source in the folder\n"
     "  msgfm inspect shards/terramesh --verify     read and check every byte; fails if something is damaged",
@@ -536,6 +553,8 @@ def main(argv: list[str] | None = None):
     try:
         arguments.run(arguments)
     except (ValueError, ImportError, OSError, RuntimeError) as error:
+        # Ends the line of a progress bar that is still open: the frames of the error hold it.
+        traceback.clear_frames(error.__traceback__)
         parser.exit(1, f"msgfm {arguments.command}: {error}\n")
 
 

@@ -236,6 +236,8 @@ def format_conversion(conversion: Conversion) -> str:
     lines = [f"{made['source']:<12} {rows}" + ("   (complete already, nothing was written)" if conversion.kept else "")]
     if made["plan"]["limit"] is not None:
         lines.append(f"  a trial run of {made['plan']['limit']} of {made['plan']['items']} items, not the archive")
+    if not made["rows"].get("train"):
+        lines.append("  ! no rows of train: there is nothing to learn from")
     lines += [f"  left out {count}: {reason}" for reason, count in made["left_out"].items()]
     lines += [f"  {count}: {remark}" for remark, count in made["remarks"].items()]
     lines += [f"  note: {note}" for note in made["notes"]]

@@ -348,9 +348,18 @@ def physical_factors(
         `unit`, `scale`, `offset_dn`: physical = (stored + offset_dn) * scale.
 
     Raises:
-        ValueError: if scale or offset are not known, or differ between bands.
+        ValueError: if scale or offset are not known, or differ between bands; if heights may be in feet, as the
+            coordinates are.
     """
     spec = get_sensor(sensor)
+    if unit is None and scale is None and spec.unit == "metres" and header.crs is not None and header.scales is None:
+        length, factor = header.crs.units_factor
+        if header.crs.is_projected and factor != 1:
+            raise ValueError(
+                f"`unit` of sensor {sensor!r} must be given where coordinates are no metres, got none for "
+                f"{header.path} in {length} of {factor:.6g} m. Add unit=metres to the input if its heights are, or "
+                f"scale={factor:.10g} if they are in the same unit."
+            )
     unit = unit or spec.default_unit
     known = (spec.scale, spec.offset) if unit == "dn" else (1.0, 0.0)
     used = header.positions if picked is None else [header.positions[position] for position in picked]
@@ -359,10 +368,16 @@ def physical_factors(
     if offset_dn is None and scale is not None:
         offset_dn = known[1] if header.offsets is None else _shared("offset", header.offsets, used, header) / scale
     if scale is None or offset_dn is None:
+        remedy = (
+            "Floats are no digital numbers: on the command line add unit=reflectance to the input, for values from 0 "
+            "to 1."
+            if header.dtype.startswith("float")
+            else "For Sentinel-2 the offset is 0, or -1000 since processing baseline 04.00: see the metadata; on the "
+            "command line add offset=0 or offset=-1000 to the input."
+        )
         raise ValueError(
             f"`scale` and `offset_dn` of sensor {sensor!r} must be known for unit 'dn', got {scale} and {offset_dn} "
-            f"for {header.path}. For Sentinel-2 the offset is 0, or -1000 since processing baseline 04.00: see the "
-            "metadata; on the command line add offset=0 or offset=-1000 to the input."
+            f"for {header.path}. {remedy}"
         )
     return unit, scale, offset_dn
 

@@ -18,6 +18,9 @@ from msgfm_hf.model.sensors import UNITS, get_sensor
 
 GRAMMAR = "SENSOR=PATH[,bands=B02+B03][,unit=U][,scale=X][,offset=X][,level=L][,nodata=X]"
 
+# Of Sentinel-2 products in digital numbers; `None` where the file may say it.
+_OFFSETS = (None, 0.0, -1000.0)
+
 
 @dataclass(frozen=True)
 class Input:
@@ -51,8 +54,8 @@ def parse_input(text: str) -> Input:
     """Read one `--input`.
 
     Raises:
-        ValueError: for text that is not of the grammar, an unknown sensor, band, unit or level, and a number that is
-            none.
+        ValueError: for text that is not of the grammar, an unknown sensor, band, unit or level, a number that is none,
+            and an offset that no Sentinel-2 product has.
     """
     sensor, equals, rest = text.partition("=")
     path, *options = rest.split(",")
@@ -84,7 +87,14 @@ def parse_input(text: str) -> Input:
                 values[name] = float(value)
             except ValueError:
                 raise ValueError(f"`{name}` must be a number, got {value!r} in {text!r}. Correct the option.") from None
-    return Input(sensor, path, **values)
+    given = Input(sensor, path, **values)
+    if spec.offset is None and given.unit in (None, "dn") and given.scale is None and given.offset not in _OFFSETS:
+        raise ValueError(
+            f"`offset` of sensor {sensor!r} must be 0, or -1000 since processing baseline 04.00, got {given.offset:g} "
+            f"in {text!r}. Physical is (stored + offset) * scale: see the metadata, and give scale= too if the product "
+            "is another one."
+        )
+    return given
 
 
 def parse_inputs(texts: list[str]) -> dict[str, Input]:

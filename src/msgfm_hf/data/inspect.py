@@ -1,9 +1,11 @@
-"""What is in a folder of shards: a report in words and numbers, and a contact sheet."""
+"""What is in a folder of shards: a report in words and numbers, and a contact sheet; and what a sensor is."""
 
 import dataclasses
 import functools
+import itertools
 import os
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,10 +14,16 @@ import torch
 
 from msgfm_hf.data.shards import UNLABELLED, CorruptShardError, ShardImage, ShardSource, find_sources, shard_splits
 from msgfm_hf.model.image_processing_msgfm import MsGFMImageProcessor
-from msgfm_hf.model.sensors import SENSORS
+from msgfm_hf.model.sensors import CONVERTIBLE_UNITS, SENSORS, get_sensor
 
 _FOOTNOTE = "Each band is stretched from its 2nd to its 98th percentile in the panel. Magenta: no data."
+# Classes named beside a map.
+_LEGEND = 8
 _UNIT_SYMBOLS = {"db": "dB", "metres": "m"}
+# What Sentinel-2 products carry more since processing baseline 04.00, in digital numbers.
+_BASELINE_DN = 1000
+# Reflectance is a little below zero where the atmosphere was overestimated, over dark ground.
+_NEGATIVE = 0.25
 
 
 class ShardReport(str):
@@ -49,17 +57,54 @@ def inspect_shards(path, verify: bool = False, rows: int = 32) -> ShardReport:
     return report
 
 
-def contact_sheet(path, out_png, split: str | None = None, rows: int | None = None, seed: int = 0) -> Path:
-    """Draw samples as a picture: a line per row, a panel per sensor (radar: per band).
+def describe_sensors(sensors: Iterable[str] = ()) -> str:
+    """What the sensors of the catalogue are: units, factors, levels, and every band with its other names.
 
-    Three-band panels show red, green and blue; others one band with a colour bar in its physical unit. Each
-    band is stretched from the 2nd to the 98th percentile of its valid pixels; invalid pixels are magenta; a bar gives
-    the scale.
+    Args:
+        sensors (`Iterable[str]`): their ids; by default all.
+
+    Returns:
+        `str`: a table per sensor, with statistics of the first level.
+
+    Raises:
+        ValueError: for an unknown sensor.
+    """
+    parts = []
+    for spec in map(get_sensor, list(sensors) or SENSORS):
+        offset = "an offset that must be said" if spec.offset is None else f"offset {spec.offset:g}"
+        factors = f"; dn with scale {spec.scale:.6g} and {offset}" if spec.scale is not None else ""
+        units = ", ".join(CONVERTIBLE_UNITS[spec.unit])
+        lines = [
+            f"{spec.id}: {spec.default_unit} unless unit= says otherwise (one of {units}){factors}",
+            f"  levels: {', '.join(spec.levels) or 'none'}; statistics in {spec.unit}: {spec.source}",
+        ]
+        header = ("band", "nm", "gsd", "clip", "mean", "std", "also called")
+        table = [header]
+        for band in spec.bands:
+            clip = "-" if band.clip is None else "{:g} to {:g}".format(*band.clip)
+            known = (
+                "-" if band.wavelength is None else f"{band.wavelength:g}",
+                "-" if band.gsd is None else f"{band.gsd:g} m",
+                clip,
+                f"{band.mean:.4g}",
+                f"{band.std:.4g}",
+            )
+            table.append((band.name, *known, ", ".join(band.aliases)))
+        parts.append("\n".join(lines + _aligned(table, right=range(1, 6))))
+    return "\n\n".join(parts)
+
+
+def contact_sheet(path, out_png, split: str | None = None, rows: int | None = None, seed: int = 0) -> Path:
+    """Draw samples as a picture: a line per row, a panel per sensor (radar: per band), and one for a map of labels.
+
+    Headings have split, key, dates and labels. Three-band panels show red, green and blue; others one band with a
+    colour bar in its physical unit. Each band is stretched from the 2nd to the 98th percentile of its valid pixels;
+    invalid pixels are magenta; a bar gives the scale.
 
     Args:
         path (`str` or `Path`): folder of a source, or of several.
         out_png (`str` or `Path`): the picture.
-        split (`str`, *optional*): the split; by default `train` where there is one, else the first.
+        split (`str`, *optional*): the split; by default all in turn, train first.
         rows (`int`, *optional*): rows per source; 4 by default, 1 for a folder of several.
         seed (`int`): which rows.
 
@@ -75,17 +120,19 @@ def contact_sheet(path, out_png, split: str | None = None, rows: int | None = No
     count = rows or (4 if len(folders) == 1 else 1)
     lines = []
     for folder in folders:
-        splits = shard_splits(folder)
-        source = ShardSource(folder, split or ("train" if "train" in splits else splits[0]))
-        picked = np.random.default_rng(seed).permutation(len(source))[:count]
-        lines += [(source, source.read(int(number))) for number in sorted(picked)]
+        splits = [split] if split else sorted(shard_splits(folder), key=lambda name: name != "train")
+        sources = [ShardSource(folder, name) for name in splits]
+        orders = [np.random.default_rng(seed).permutation(len(source)).tolist() for source in sources]
+        turns = itertools.zip_longest(*orders)
+        drawn = [(source, n) for turn in turns for source, n in zip(sources, turn, strict=True) if n is not None]
+        lines += [(source, source.read(number)) for source, number in drawn[:count]]
     panels = [_panels(source, row) for source, row in lines]
     # Inches. A line has a strip for its heading above the panels; a column has one for a colour bar if it needs it.
     panel, bar, heading, caption, margin = 2.6, 0.75, 0.34, 0.26, 0.15
     lefts, right = [], margin
     for column in range(max(map(len, panels))):
         lefts.append(right)
-        barred = any(len(line) > column and line[column].values.ndim == 2 for line in panels)
+        barred = any(len(line) > column and line[column].barred for line in panels)
         right += panel + margin + bar * barred
     line_height = heading + caption + panel + margin
     width, height = max(right, 5.0), len(lines) * line_height + heading
@@ -99,7 +146,7 @@ def contact_sheet(path, out_png, split: str | None = None, rows: int | None = No
             axes = figure.add_axes((left / width, bottom / height, panel / width, panel / height))
             axes.set_anchor("NW")
             drawn = _draw(axes, shown)
-            if shown.values.ndim == 2:
+            if shown.barred:
                 strip = figure.add_axes(((left + panel + 0.08) / width, bottom / height, 0.11 / width, panel / height))
                 strip.tick_params(labelsize=7)
                 figure.colorbar(drawn, cax=strip).set_label(shown.unit, fontsize=8, labelpad=2)
@@ -116,6 +163,11 @@ class _Panel(NamedTuple):
     values: np.ndarray  # (H, W) in `unit`, or (H, W, 3); NaN where invalid
     unit: str
     gsd: float | None
+    classes: dict[float, str] | None = None  # of a map of labels: names by the ids that are in it
+
+    @property
+    def barred(self) -> bool:
+        return self.values.ndim == 2 and self.classes is None
 
 
 def _report(folder: str, verify: bool, rows: int) -> tuple[str, list[str]]:
@@ -188,10 +240,16 @@ def _label_report(sources, metadata, numbers, damaged, verify) -> list[str]:
             named = ", ".join(f"{label} {count}" for label, count in sorted(counts.items()))
             lines.append(f"  labels {split}: {named}; {sum(not row['labels'] for row in table)} rows without")
     pixels = {split: np.zeros(UNLABELLED + 1, np.int64) for split in sources}
+    amounts: dict[str, list[float]] = {}
     for split, row in _rows(sources, numbers, damaged, verify):
         # Of maps the dtype is that of ids; numbers are floats.
         if row["target"] is not None and row["target"].pixels.dtype == np.uint8:
             pixels[split] += np.bincount(row["target"].pixels.ravel(), minlength=UNLABELLED + 1)
+        elif row["target"] is not None:
+            amounts.setdefault(f"{', '.join(row['target'].bands)} {split}", []).append(row["target"].pixels.mean())
+    for name, found in amounts.items():
+        low, middle, high = np.nanmin(found), np.nanmedian(found), np.nanmax(found)
+        lines.append(f"  number {name}: {low:.5g} to {high:.5g}, median {middle:.5g}, of {_plural(len(found), 'row')}")
     if classes is not None:
         lines.append("  classes: " + ", ".join(f"{number} {name}" for number, name in enumerate(classes)))
     elif not any(counts.any() for counts in pixels.values()):
@@ -250,13 +308,45 @@ def _value_report(source, sensor, images) -> list[str]:
             seen = seen[np.isfinite(seen)]
             line += [f"{f(seen):.5g}" if len(seen) else "-" for f in (np.min, np.median, np.max)]
         table.append(tuple(line))
-    widths = [max(len(line[column]) for line in table) for column in range(len(header))]
-    lines = []
-    for line in table:
-        numbers = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        lines.append("    " + "  ".join([line[0].ljust(widths[0]), *numbers]))
+    lines = _aligned(table, right=range(1, len(header)))
     invalid = np.mean(np.concatenate([~image.valid_mask().ravel() for image in images])) if images else 0.0
-    return [*lines, f"    invalid pixels: {100 * invalid:.3g} %"]
+    return [*lines, f"    invalid pixels: {100 * invalid:.3g} %", *_offset_remark(sensor, images)]
+
+
+def _offset_remark(sensor: str, images: list[ShardImage]) -> list[str]:
+    """A warning where the offset of Sentinel-2 can hardly be the one that was said: ground without a dark pixel in any
+    band, or much of it darker than nothing."""
+    spec = SENSORS.get(sensor)
+    if spec is None or spec.offset is not None:
+        return []
+    images = [image for image in images if image.units == "dn" and image.valid_mask().any()]
+    values = [image.pixels[:, image.valid_mask()].astype(np.float64) + image.offset_dn for image in images]
+    zero = [values for values, image in zip(values, images, strict=True) if image.offset == 0]
+    if zero and min(map(np.min, zero)) >= _BASELINE_DN:
+        return [
+            f"    ! no value below {_BASELINE_DN} with offset 0: products since processing baseline 04.00 carry "
+            f"{_BASELINE_DN} more. If these do, make the shards anew with offset=-{_BASELINE_DN}."
+        ]
+    negative = max((np.mean(found < 0, axis=1).max() for found in values), default=0.0)
+    if negative > _NEGATIVE:
+        return [
+            f"    ! {100 * negative:.0f} % of a band of an image is below zero with its offset: products before "
+            "processing baseline 04.00, and those that are harmonised with them, have none. If these are, make the "
+            "shards anew with offset=0."
+        ]
+    return []
+
+
+def _aligned(table: list[tuple[str, ...]], right: Iterable[int]) -> list[str]:
+    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+    right, lines = set(right), []
+    for line in table:
+        cells = [
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        lines.append(("    " + "  ".join(cells)).rstrip())
+    return lines
 
 
 @functools.lru_cache(maxsize=16)
@@ -325,6 +415,13 @@ def _panels(source: ShardSource, row: dict) -> list[_Panel]:
                 chosen = _positions(sensor, image.bands, ("nir", "red")) or chosen[:1]
             shown = [(f"{sensor}: {image.bands[c]}", values[c]) for c in chosen]
         panels += [_Panel(title, picture, unit, image.gsd) for title, picture in shown]
+    target = row["target"]
+    if target is not None and target.pixels.dtype == np.uint8:
+        ids = target.pixels[0]
+        names = {
+            n: source.classes[n] if source.classes else f"id {n}" for n in np.unique(ids).tolist() if n < UNLABELLED
+        }
+        panels.append(_Panel("labels", np.where(ids == UNLABELLED, np.nan, ids), "", target.gsd, names))
     return panels
 
 
@@ -342,11 +439,15 @@ def _positions(sensor: str, bands: list[str], colours) -> list[int]:
 
 def _heading(source: ShardSource, row: dict) -> str:
     dates = list(dict.fromkeys(image.datetime for image in row["images"].values() if image.datetime))
-    return "  |  ".join([f"{source.name} {source.split}", row["key"], *([" / ".join(dates)] if dates else [])])
+    labels = list(row["labels"] or ())
+    if row["target"] is not None and row["target"].pixels.size == 1:
+        labels = [f"{row['target'].bands[0]} {row['target'].pixels.item():g}"]
+    parts = [f"{source.name} {source.split}", row["key"], " / ".join(dates), ", ".join(labels)]
+    return "  |  ".join(filter(None, parts))
 
 
 def _draw(axes, panel: _Panel):
-    low, high = _stretch(panel.values)
+    low, high = (0, UNLABELLED) if panel.classes is not None else _stretch(panel.values)
     height, width = panel.values.shape[:2]
     axes.set_title(panel.title, fontsize=8, loc="left", pad=3)
     axes.set_xticks([])
@@ -355,6 +456,8 @@ def _draw(axes, panel: _Panel):
         picture = np.clip((panel.values - low) / (high - low), 0, 1)
         picture[np.isnan(panel.values).any(axis=-1)] = (1.0, 0.0, 1.0)
         drawn = axes.imshow(picture, interpolation="nearest")
+    elif panel.classes is not None:
+        drawn = _draw_classes(axes, panel)
     else:
         from matplotlib import colormaps
 
@@ -377,6 +480,23 @@ def _draw(axes, panel: _Panel):
         )
         axes.set_xlim(-0.5, width - 0.5)
         axes.set_ylim(height - 0.5, -0.5)
+    return drawn
+
+
+def _draw_classes(axes, panel: _Panel):
+    """A map of labels: the colour of a class is the same in all panels; white is unlabelled."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    colours = ListedColormap([colormaps["tab20"](number % 20) for number in range(UNLABELLED)])
+    drawn = axes.imshow(panel.values, cmap=colours, vmin=-0.5, vmax=UNLABELLED - 0.5, interpolation="nearest")
+    handles = [Patch(color=colours(number), label=name) for number, name in panel.classes.items()]
+    shown = handles[:_LEGEND] + [Patch(color="none", label=f"and {len(handles) - _LEGEND} more")] * (
+        len(handles) > _LEGEND
+    )
+    if shown:
+        axes.legend(handles=shown, fontsize=6, loc="upper right", framealpha=0.8, handlelength=1, borderpad=0.3)
     return drawn
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -90,11 +91,17 @@ def read_key_table(path, keys: Iterable[str]) -> KeyTable:
     wanted = set(keys)
     found = {name: len(wanted & {line[name] for line in lines}) for name in columns}
     column = "key" if found.get("key") else max(columns, key=lambda name: found[name], default="")
+    other = next((mark for mark in (";", "\t") if len(columns) == 1 and mark in columns[0]), None)
+    if other is not None:
+        raise ValueError(
+            f"`labels` must have commas between columns, got {other!r} in {path}. Save it as CSV with commas and "
+            "decimal points."
+        )
     if not found.get(column):
         first = ", ".join(f"{name}={text!r}" for name, text in (lines[0] if lines else {}).items())
         raise ValueError(
             f"`labels` must have a column with the keys of the images, such as {min(wanted, default='')!r}, got {path} "
-            f"with {first or 'no rows'}. Add a column `key`."
+            f"with {first or 'no rows'}. {_key_hint(wanted, lines)}"
         )
     rows: dict[str, dict[str, str]] = {}
     for line in lines:
@@ -111,6 +118,14 @@ def read_key_table(path, keys: Iterable[str]) -> KeyTable:
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
         said += f"; {len(others)} of its keys have no images ({', '.join(others[:5])}{more})"
     return KeyTable(str(path), column, columns, rows, said)
+
+
+def _key_hint(keys: set[str], lines: list[dict[str, str]]) -> str:
+    names = {Path(text).stem: (column, text) for line in lines for column, text in line.items() if Path(text).suffix}
+    found = next((names[key] for key in sorted(keys) if key in names), None)
+    if found is None:
+        return "Add a column `key`."
+    return f"Add a column `key`: {found[0]!r} has names of files, such as {found[1]!r}, where keys have no ending."
 
 
 # How spreadsheets and pandas write that there is nothing.

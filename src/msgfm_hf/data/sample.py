@@ -120,8 +120,10 @@ def _autzen(root, splits, dropped) -> Iterator[ShardRow]:
     for chip in _table(folder / "chips.csv"):
         name, part = chip["chip"], chip["split"]
         rgb = _read(folder / part / f"{name}_rgb.tif", "rgb")
-        dsm = _read(folder / part / f"{name}_dsm.tif", "dsm", names=_names("dsm"), nodata=float("nan"))
-        measured = _read(folder / part / f"{name}_valid.tif", "dsm", names=_names("dsm")).pixels != 0
+        # Coordinates are in feet, heights are not.
+        heights = {"sensor": "dsm", "names": _names("dsm"), "unit": "metres"}
+        dsm = _read(folder / part / f"{name}_dsm.tif", **heights, nodata=float("nan"))
+        measured = _read(folder / part / f"{name}_valid.tif", **heights).pixels != 0
         # Cells without a lidar return were filled from the nearest one: not a measurement.
         dsm = dataclasses.replace(dsm, pixels=np.where(measured, dsm.pixels, np.float32(np.nan)))
         split = _split(splits, f"{folder.name}/{part}")

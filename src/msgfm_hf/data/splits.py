@@ -257,6 +257,13 @@ def describe_counts(
         named = [(classes[name] if classes else str(name), held.labels[name]) for name in sorted(held.labels)]
         found = ", ".join(f"{name} {count:,}{unit}" for name, count in named)
         lines.append(f"       {found or 'no labels'}; {held.unlabelled} rows unlabelled")
+    if kind is not None and "train" in counts:
+        known = {split: set(held.labels) for split, held in counts.items()}
+        known["the file of labels"] = set(range(len(classes or ())))
+        for split in sorted(set(known) - {"train"}):
+            absent = sorted(known[split] - known["train"])
+            names = ", ".join(classes[name] if classes else str(name) for name in absent)
+            lines += [f"! train has no {names}, which {split} has"] if absent else []
     return lines
 
 

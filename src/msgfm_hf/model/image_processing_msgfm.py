@@ -598,7 +598,7 @@ class MsGFMImageProcessor(BaseImageProcessor):
                 raise ValueError(
                     f"`pixels` for sensor {sensor!r} must have {rule} in unit {unit!r}, got "
                     f"{medians[image, band].item():.4g} in band {chosen[band].name}. {remedy}. "
-                    "`check=False` accepts the values as they are."
+                    "In Python, `check=False` accepts the values as they are."
                 )
 
         invalid = ~valid_mask[:, None]

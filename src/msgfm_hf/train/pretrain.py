@@ -466,11 +466,15 @@ class _Run:
             f"{f', shared by {world} processes' if self.recipe.fsdp else ''}; "
             f"{peak:.2f} GiB at most {where}",
             f"one step     {seconds:.3g} s, {images / seconds:.3g} images/s (median of {len(timed)}, the "
-            f"first {len(times) - len(timed)} left out; {device.type}, {self.accelerator.mixed_precision})",
+            f"first {len(times) - len(timed)} left out; {device.type}, {self._precision_name})",
             f"whole run    {hours:.3g} h, {hours * world:.3g} device-hours on {world} x {device.type}; validation, "
             "checkpoints and pictures come on top",
         ]
         return "\n".join(lines)
+
+    @property
+    def _precision_name(self) -> str:
+        return "float32" if self.accelerator.mixed_precision == "no" else self.accelerator.mixed_precision
 
     @property
     def finished(self) -> bool:
@@ -503,8 +507,7 @@ class _Run:
         print(
             f"{self.recipe.name}: {', '.join(parts)} per {self._batch_name()}, {self.epoch} steps per epoch, "
             f"{self.max_steps} steps in all; {counts.total:,} parameters, {counts.active:,} of them for {sensor} -> "
-            f"{sensor}; "
-            f"{self.accelerator.device.type}, {'float32' if self.accelerator.mixed_precision == 'no' else 'bf16'}; "
+            f"{sensor}; {self.accelerator.device.type}, {self._precision_name}; "
             f"learning rate {self.recipe.learning_rate:g}, {self.recipe.lr_scheduler_type}."
         )
 

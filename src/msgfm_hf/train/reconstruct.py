@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from msgfm_hf import __version__
 from msgfm_hf.data.batch import LOSS_REGIONS, rotations
 from msgfm_hf.data.geotiff import check_grid, geo_module
 from msgfm_hf.data.inputs import input_header, parse_inputs, read_input
@@ -127,7 +128,8 @@ def reconstruct(
     Returns:
         what `reconstruction.json` holds: the settings and `places`, each with its `directions`: `input`, `target`,
         `trained` (whether the model's run had it; null where unknown), `file`, `bands`, `level`, `unit`, `reference`
-        (metres added to heights; 0 without an image of the target, and they stay relative), `errors` {region: {`n`
+        (metres added to heights; 0 without an image of the target, and they stay relative), `remarks` (bands, a level
+        or heights that are not what they seem; they stand in the tags of the GeoTIFF too), `errors` {region: {`n`
         pixels, `error` (mean absolute, over pixels and bands) in `unit`, `error_std` the same in standard deviations of
         the sensor (15 m for elevation), `by_band` the same by band}} and, for radar, `backscatter` {region:
         `speckle.compare_backscatter`}.
@@ -193,7 +195,7 @@ def reconstruct(
             for prediction, entry in zip(predictions, found, strict=True):
                 file = folder / f"{prediction.sensor}_to_{prediction.target}.tif"
                 entry["file"] = file.relative_to(temporary).as_posix()
-                _write_geotiff(file, prediction, place, processor)
+                _write_geotiff(file, prediction, place, processor, report | entry)
             report["places"].append(
                 {"title": place.title, **place.origin, "size": list(whole), "window": window, "directions": found}
             )
@@ -450,6 +452,7 @@ def _describe(found: _Prediction, processor: MsGFMImageProcessor, record: dict |
         "level": found.decoding["level"],
         "reference": None if found.decoding["reference"] is None else found.decoding["reference"].item(),
         "unit": UNIT_NAMES[spec.unit],
+        "remarks": _remarks(found, record),
         "errors": {},
     }
     for region, counted in found.counted.items():
@@ -483,8 +486,24 @@ def _describe(found: _Prediction, processor: MsGFMImageProcessor, record: dict |
     return entry
 
 
-def _write_geotiff(path: Path, found: _Prediction, place: Place, processor: MsGFMImageProcessor):
-    """The reconstruction in physical units, on the grid of the place."""
+def _remarks(found: _Prediction, record: dict | None) -> list[str]:
+    """What a reader of the numbers or the image must know beside them."""
+    remarks = []
+    if found.decoding["reference"] is not None and found.wanted is None:
+        remarks.append("heights are relative to a level that is not known")
+    sources = [source for source in _sources(record) or () if {found.sensor, found.target} <= set(source)]
+    trained = [source[found.target] for source in sources]
+    absent = [band for band in found.decoding["bands"] if not any(band in bands for bands, _ in trained)]
+    if trained and absent:
+        remarks.append(f"the model's run had no {', '.join(absent)} of {found.target}")
+    levels = sorted({level for _, level in trained if level})
+    if levels and found.decoding["level"] not in levels:
+        remarks.append(f"{found.target} is {found.decoding['level']}, the model's run had {' and '.join(levels)}")
+    return remarks
+
+
+def _write_geotiff(path: Path, found: _Prediction, place: Place, processor: MsGFMImageProcessor, facts: dict):
+    """The reconstruction in physical units, on the grid of the place; what made it is in the tags."""
     rasterio = geo_module("rasterio")
     values = _decode(processor, found.target, found.decoding, found.values, found.shown)
     profile = {"driver": "GTiff", "dtype": "float32", "nodata": math.nan, "compress": "deflate", "predictor": 3}
@@ -499,6 +518,25 @@ def _write_geotiff(path: Path, found: _Prediction, place: Place, processor: MsGF
             file.write(values)
             file.descriptions = found.decoding["bands"]
             file.units = [UNIT_NAMES[get_sensor(found.target, processor.sensors).unit]] * len(values)
+            told = (
+                "model",
+                "commit",
+                "input",
+                "target",
+                "trained",
+                "level",
+                "reference",
+                "mask_ratio",
+                "seed",
+                "remarks",
+            )
+            tags = {f"MSGFM_{name.upper()}": facts[name] for name in told if facts[name] not in (None, [])}
+            file.update_tags(
+                TIFFTAG_SOFTWARE=f"msgfm_hf {__version__}",
+                TIFFTAG_IMAGEDESCRIPTION=f"{found.target} predicted from masked {found.sensor}, not measured"
+                + (": masked pixels only" if found.sensor == found.target else ""),
+                **{name: "; ".join(value) if isinstance(value, list) else value for name, value in tags.items()},
+            )
 
 
 def _draw(
@@ -594,7 +632,7 @@ def format_reconstruction(report: dict) -> str:
         levels = {entry["target"]: entry["level"] for entry in place["directions"] if entry["level"]}
         title += "".join(f"; {sensor} as {level}" for sensor, level in levels.items())
         lines = [["direction", "trained", "file", "pixels", "n", "mean |error|", "in σ"]]
-        radar = {}
+        radar, remarks = {}, []
         for entry in place["directions"]:
             name = f"{entry['input']} → {entry['target']}"
             trained = {True: "yes", False: "no", None: "?"}[entry["trained"]]
@@ -611,9 +649,10 @@ def format_reconstruction(report: dict) -> str:
                     ]
                 )
                 first = ["", "", ""]
+            remarks += [f"  ! {name}: {remark}" for remark in entry["remarks"]]
             for region, compared in entry.get("backscatter", {}).items():
                 radar[name, region] = compared
-        parts.append(f"{title}\n{align(lines, left=4)}")
+        parts.append("\n".join([title, align(lines, left=4), *remarks]))
         if any(radar.values()):
             parts.append(
                 "Backscatter before and after, both clipped to the sensor's range; mean, std, CV and looks of linear "
