@@ -34,7 +34,7 @@ from msgfm_hf.data.shards import ShardImage, ShardRow, ShardSource, ShardWriter
 from msgfm_hf.model.sensors import SENSORS
 from msgfm_hf.tasks.reconstruction import evaluate_reconstruction, masked_crops, training_statistics
 from msgfm_hf.train import pretrain as pretrain_module
-from msgfm_hf.train.checkpoint import CheckpointError, find_checkpoints, only_writer
+from msgfm_hf.train.checkpoint import CheckpointError, find_checkpoints
 from msgfm_hf.train.pictures import display_bands, draw_losses, draw_reconstruction, read_metrics
 from msgfm_hf.train.pretrain import Mixture, main, make_missing_data, pretrain
 from msgfm_hf.train.recipe import build_recipe
@@ -573,12 +573,16 @@ def test_the_callers_signals_are_given_back(alone, tmp_path):
 
 def test_two_runs_do_not_share_a_folder(alone, tmp_path):
     (tmp_path / "run").mkdir()
-    with (
-        only_writer(tmp_path / "run"),
-        pytest.raises(CheckpointError, match="`output_dir` must be of one run at a time"),
-    ):
-        pretrain(quick(alone, tmp_path / "run"))
-    assert list((tmp_path / "run").iterdir()) == []
+    # Another process in the place of another run: it would import for seconds.
+    held = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(); sys.stdin.read()"
+    )
+    words = [sys.executable, "-c", held, str(tmp_path / "run" / ".lock")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(CheckpointError, match="`output_dir` must be of one run at a time"):
+            pretrain(quick(alone, tmp_path / "run"))
+        other.communicate(b"\n")
     result, _ = run(quick(alone, tmp_path / "run", max_steps=2))
     assert result["finished"] and not (tmp_path / "run" / ".lock").exists()
 

@@ -2,7 +2,11 @@
 processes, replicas and shards."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from types import SimpleNamespace
 
@@ -166,14 +170,15 @@ def test_valid_pixels_that_differ_between_ranks_weigh_as_in_one_batch(ranks, tmp
 
 
 @pytest.mark.parametrize(
-    "deaths", [[(1, "step", 6)], [(0, "save", 2)], [(0, "step", 3), (1, "step", 5), (0, "step", 3)]]
+    "deaths, workers",
+    [([(1, "step", 6)], 2), ([(0, "save", 2)], 0), ([(0, "step", 3), (1, "step", 5), (0, "step", 3)], 0)],
 )
-def test_two_processes_go_on_exactly_after_they_were_killed(ranks, data, undisturbed, tmp_path, deaths):
+def test_two_processes_go_on_exactly_after_they_were_killed(ranks, data, undisturbed, tmp_path, deaths, workers):
     out = tmp_path / "run"
     for death in deaths:
-        results = pretrain(ranks, data, out, "--resume", die=death)
+        results = pretrain(ranks, data, out, "--resume", die=death, dataloader_num_workers=workers)
         assert results[death[0]]["code"] == -signal.SIGKILL, results[death[0]]["said"]
-    results = pretrain(ranks, data, out, "--resume")
+    results = pretrain(ranks, data, out, "--resume", dataloader_num_workers=workers)
     assert [result["code"] for result in results] == [0, 0], results[0]["said"]
     assert_same(out, undisturbed[0])
 
@@ -234,12 +239,13 @@ def test_shards_and_replicas_go_on_with_each_others_checkpoints(ranks, data, und
     assert losses(out)[STEPS]["loss"] == pytest.approx(losses(undisturbed[0])[STEPS]["loss"], abs=1e-5)
 
 
-def test_chance_capacity_experts_and_evaluation_agree_between_ranks(ranks, tmp_path):
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_chance_capacity_experts_and_evaluation_agree_between_ranks(ranks, tmp_path, fsdp):
     """The paper's settings: noise, an auxiliary loss, limited room; in bf16. The ranks stay equal and go on exactly."""
     write_aerial(tmp_path / "data", train=9, val=2)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     changes = {"calm": False, "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "max_steps": 6}
-    changes |= {"batch_sizes": {"aerial": 2}, "eval_steps": 3, "mixed_precision": "bf16"}
+    changes |= {"batch_sizes": {"aerial": 2}, "eval_steps": 3, "mixed_precision": "bf16", "fsdp": fsdp}
     results = pretrain(ranks, tmp_path / "data", whole, **changes)
     assert results[0]["weights"] == results[1]["weights"], results[0]["said"]
     pretrain(ranks, tmp_path / "data", cut, die=(0, "step", 6), **changes)
@@ -281,6 +287,33 @@ def test_damage_that_one_rank_meets_is_known_to_all(ranks, tmp_path):
     results = pretrain(ranks, folder, tmp_path / "strict", batch_sizes={"aerial": 1}, max_steps=8, max_bad=0)
     for result in results:
         assert result["code"] == 1 and "`max_bad` allows 0 damaged rows, got 1" in result["said"]
+
+
+@pytest.mark.slow
+def test_the_launcher_passes_a_stop_on_and_all_ranks_save(data, tmp_path):
+    """`accelerate launch` as the documentation has it, and the SIGTERM of a scheduler."""
+    out = tmp_path / "run"
+    file = write_plan(data, out, max_steps=100_000, save_steps=100_000, logging_steps=1)
+    words = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    words += ["--dynamo_backend", "no", "--main_process_port", "0", "-m", "msgfm_hf.train.pretrain", "--recipe", file]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(sys.path)}
+    with (tmp_path / "said.txt").open("w") as said:
+        launched = subprocess.Popen(
+            [sys.executable, "-m", "accelerate.commands.launch", *words], stdout=said, stderr=said, env=environment
+        )
+        while launched.poll() is None and len(losses_so_far(out)) < 3:
+            time.sleep(0.2)
+        launched.terminate()
+        launched.wait(timeout=120)
+    said = (tmp_path / "said.txt").read_text()
+    (checkpoint,) = find_checkpoints(out)
+    assert 3 <= checkpoint.step < 100_000 and f"Stopped at step {checkpoint.step}" in said, said
+    assert {step for step, _ in samples(out)} == set(range(1, checkpoint.step + 1))
+    assert len(samples(out)[checkpoint.step, "aerial"]) == 4
+
+
+def losses_so_far(out):
+    return losses(out) if (out / "metrics.jsonl").exists() else {}
 
 
 def test_a_rehearsal_of_two_processes_is_told_once(ranks, data, tmp_path):

@@ -137,7 +137,9 @@ def contact_sheet(path, out_png, split: str | None = None, rows: int | None = No
     line_height = heading + caption + panel + margin
     width, height = max(right, 5.0), len(lines) * line_height + heading
     figure = Figure(figsize=(width, height), dpi=110)
-    figure.text(margin / width, 0.12 / height, _FOOTNOTE, fontsize=7)
+    mapped = any(shown.classes is not None for line in panels for shown in line)
+    footnote = _FOOTNOTE + " White: unlabelled." * mapped
+    figure.text(margin / width, 0.12 / height, footnote, fontsize=7)
     for number, ((source, row), line) in enumerate(zip(lines, panels, strict=True)):
         top = height - number * line_height
         figure.text(margin / width, (top - heading) / height, _heading(source, row), fontsize=9, weight="bold")
@@ -489,7 +491,9 @@ def _draw_classes(axes, panel: _Panel):
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
-    colours = ListedColormap([colormaps["tab20"](number % 20) for number in range(UNLABELLED)])
+    # The dark colours first: each has a light one beside it.
+    order = [*range(0, 20, 2), *range(1, 20, 2)]
+    colours = ListedColormap([colormaps["tab20"](order[number % 20]) for number in range(UNLABELLED)])
     drawn = axes.imshow(panel.values, cmap=colours, vmin=-0.5, vmax=UNLABELLED - 0.5, interpolation="nearest")
     handles = [Patch(color=colours(number), label=name) for number, name in panel.classes.items()]
     shown = handles[:_LEGEND] + [Patch(color="none", label=f"and {len(handles) - _LEGEND} more")] * (

@@ -167,7 +167,8 @@ def only_writer(run_dir: Path) -> Iterator[None]:
             # Not on Windows, where a run must take care of itself.
             import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Not flock, which data workers would inherit and hold for seconds after this process was killed.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except ImportError:
             pass
         except BlockingIOError as error:

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -60,6 +60,7 @@ from msgfm_hf.train.processes import (
     gathered,
     gradients_stay_local,
     load_optimizer_state,
+    made_by_main,
     prepare_model,
     total,
 )
@@ -69,6 +70,8 @@ _DEFAULT_BATCH_SIZE = 16
 # Steps whose median says what a usual loss is.
 _USUAL_STEPS = 100
 _REHEARSED_STEPS = 4
+# Of a source, for the band means that validation is compared with.
+_MEASURED_CROPS = 128
 # The same Ctrl-C may reach a process twice, from the terminal and from the launcher.
 _IMPATIENT_SECONDS = 2.0
 
@@ -357,11 +360,7 @@ class _Run:
         )
         if loaded is not None:
             load_optimizer_state(self.model, self.optimizer, loaded[1])
-        self.statistics = {
-            source.name: training_statistics(source, self.processor, self.config.image_size)
-            for source in mixture.sources
-            if source.name in {validated.name for validated in mixture.validation}
-        }
+        self.statistics = made_by_main(self.accelerator, self._training_statistics)
         self.model.train()
         self._restart_clock()
         self.progress = tqdm(
@@ -378,12 +377,19 @@ class _Run:
         """The newest whole checkpoint, as the main process finds it: what one process cannot read, none may use."""
         if self.accelerator.is_main_process:
             loaded = load_checkpoint(self.run_dir, self.model, self.made_by)
-        (step,) = broadcast_object_list(
-            [loaded[0]["step"] if self.accelerator.is_main_process and loaded is not None else None]
-        )
+        step = made_by_main(self.accelerator, lambda: None if loaded is None else loaded[0]["step"])
         if not self.accelerator.is_main_process:
             loaded = None if step is None else load_checkpoint(self.run_dir, self.model, self.made_by, step)
         return loaded
+
+    def _training_statistics(self) -> dict:
+        """What validation is compared with; a crop costs the reading of a row group."""
+        validated = {source.name for source in self.mixture.validation}
+        return {
+            source.name: training_statistics(source, self.processor, self.config.image_size, max_crops=_MEASURED_CROPS)
+            for source in self.mixture.sources
+            if source.name in validated
+        }
 
     def check_folder(self, resume: bool):
         """Refuse a folder that something else is in, or a run that is not to go on."""

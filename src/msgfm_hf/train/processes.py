@@ -4,10 +4,12 @@ Whatever the number of processes, a checkpoint is that of one: full tensors unde
 """
 
 import contextlib
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -21,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from msgfm_hf.model.modeling_msgfm import MsGFMForPreTraining
 
+T = TypeVar("T")
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -83,6 +86,12 @@ def full_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> 
 def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict):
     """The reverse of `full_optimizer_state`, whatever the number of processes was."""
     set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
+
+
+def made_by_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
+    """What `make` returns in the main process, for all; it must be picklable. The others do not do the work."""
+    made = [make() if accelerator.is_main_process else None]
+    return broadcast_object_list(made)[0]
 
 
 def total(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
