@@ -3,10 +3,11 @@
     MSGFM_SAMPLE_DATA=FOLDER OMP_NUM_THREADS=1 python benchmarks/endurance.py --kills 100
 
 First a run that nothing disturbs, over two processes. Then the same run in many lives, each ended by `kill -9` of one
-process or both at a random moment; when it is over before its time, another such run begins. Now and then a life finds
-a shard with flipped bytes, or without it, or the newest checkpoint damaged, and one life finds the disk full; what was
-wrong with the data is put right for the next. At the end of each run it compares: the sample logs (each row once per
-pass, nothing lost or repeated), the weights and AdamW's moments (bit by bit), and the metrics of every step.
+process or both at a random moment, one in six by SIGTERM; half of them read data in workers. When the run is over
+before its time, another such run begins. Now and then a life finds a shard with flipped bytes, or without it, or the
+newest checkpoint damaged, and one life finds the disk full; what was wrong with the data is put right for the next. At
+the end of each run it compares: the sample logs (each row once per pass, nothing lost or repeated), the weights and
+AdamW's moments (bit by bit), and the metrics of every step.
 
 It prints what happened and exits with 1 if anything differs. Takes about half an hour on two cores.
 """
@@ -59,7 +60,7 @@ RECIPE = {
 CLOCKS = ("images_per_second", "input_wait")
 
 
-def fork_run(recipe: Path, log: Path, room_left: int | None = None) -> list[int]:
+def fork_run(recipe: Path, log: Path, room_left: int | None = None, workers: int = 0) -> list[int]:
     """Start the run in `WORLD` processes; what they say is added to the log."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -81,7 +82,7 @@ def fork_run(recipe: Path, log: Path, room_left: int | None = None) -> list[int]
             os.environ |= {"ACCELERATE_USE_CPU": "true", "RANK": str(rank), "LOCAL_RANK": str(rank)}
             os.environ |= {"WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            room.main(["--recipe", str(recipe), "--resume"])
+            room.main(["--recipe", str(recipe), "--resume", "--dataloader_num_workers", str(workers)])
             code = 0
         except SystemExit as end:
             code = end.code or 0
@@ -92,8 +93,11 @@ def fork_run(recipe: Path, log: Path, room_left: int | None = None) -> list[int]
     return children
 
 
-def wait(children: list[int], seconds: float | None, kill: list[int]) -> tuple[list[int | None], bool]:
-    """Exit codes, and whether the children numbered in `kill` were killed when the time was up; the rest follow."""
+def wait(
+    children: list[int], seconds: float | None, kill: list[int], with_signal: int = signal.SIGKILL
+) -> tuple[list[int | None], bool]:
+    """Exit codes, and whether the children numbered in `kill` got the signal when the time was up; where one dies, the
+    rest follow."""
     cut = False
     codes: list[int | None] = [None] * len(children)
     deadline = None if seconds is None else time.monotonic() + seconds
@@ -109,7 +113,7 @@ def wait(children: list[int], seconds: float | None, kill: list[int]) -> tuple[l
             deadline = None
             for number in kill if grace is None else ():
                 if codes[number] is None:
-                    os.kill(children[number], signal.SIGKILL)
+                    os.kill(children[number], with_signal)
                     cut = True
         if grace is None and any(code not in (None, 0) for code in codes):
             # torchrun does this: whoever waits for a dead process would wait for long.
@@ -247,9 +251,15 @@ def main():
         victims = chance.choice([[0], [1], [0, 1]])
         seconds = chance.uniform(0.05, span)
         log.unlink(missing_ok=True)
-        codes, cut = wait(fork_run(recipe, log, room_left), seconds if room_left is None else None, victims)
+        kind = signal.SIGTERM if lives % 6 == 0 else signal.SIGKILL
+        children = fork_run(recipe, log, room_left, chance.choice([0, 1]))
+        codes, cut = wait(children, seconds if room_left is None else None, victims, kind)
         if cut:
-            happened["killed"] += 1
+            happened["killed" if kind == signal.SIGKILL else "stopped by SIGTERM"] += 1
+            # Python is told of SIGTERM from the moment that training begins.
+            assert kind == signal.SIGKILL or set(codes) <= {0, -signal.SIGTERM, -signal.SIGKILL}, log.read_text()[
+                -3000:
+            ]
         elif 1 in codes:
             happened[f"refused with a message: {trouble}"] += 1
             assert trouble is not None, log.read_text()[-3000:]
@@ -257,7 +267,7 @@ def main():
             message = [line for line in log.read_text().splitlines() if "pretrain.py: " in line]
             message = next((line for line in message if "by peer" not in line), message[-1])
             print(f"  life {lives}, {trouble}: {message[message.index('pretrain.py: ') :][:160]}", flush=True)
-        elif codes == [0, 0]:
+        elif codes == [0, 0] and find_checkpoints(run)[0].step == arguments.steps:
             print(f"run {rounds} is over in life {lives}, after {happened['killed']} kills", flush=True)
             wrong += compare(run, whole, data, arguments.steps)
             rounds += 1
