@@ -133,10 +133,10 @@ def test_a_conversion_is_whole_and_its_manifest_true(root, tmp_path):
 
 def test_statistics_are_those_of_numpy_on_the_same_pixels(root, tmp_path):
     found = convert(root, tmp_path / "out").manifest["statistics"]["dsm"]["height"]
-    keys = [(split, n) for split, count in SIZES.items() for n in range(count) if (split, n) != ("test", 1)]
-    values = np.concatenate([plate(number).ravel() for _, number in keys]).astype(np.float64)
+    # Of the training split alone, as the published ones.
+    values = np.concatenate([plate(number).ravel() for number in range(SIZES["train"])]).astype(np.float64)
     values = values[np.isfinite(values)]
-    assert found["count"] == values.size == 21 * 35
+    assert found["count"] == values.size == 14 * 35
     expected = {"mean": values.mean(), "std": values.std(), "min": values.min(), "max": values.max()}
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-12)
 

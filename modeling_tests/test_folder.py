@@ -368,6 +368,11 @@ def test_chips_cut_with_an_overlap_leave_their_borders_out(strip):
     words = ["shards", "folder", "--input", "s1=s1/{key}.tif", "--splits", "splits.csv", "--split-by", "part"]
     main([*words, "--drop-overlap", "--out", "shards"])
     assert sorted(read(strip / "shards/s1")) == ["a", "c", "e"]
+    assert (strip / "shards/s1/left_out.csv").read_text().split("\n")[1:4] == [
+        'b,"of train, overlaps another split"',
+        'b_again,"of train, overlaps another split"',
+        'd,"of val, overlaps another split"',
+    ]
 
 
 def test_borders_that_are_all_there_is(strip):
@@ -384,7 +389,15 @@ def test_the_command_says_what_it_made_and_what_comes_next(chips, capsys):
     words = ["shards", "folder", "--input", S1, "--input", S2, "--labels", "chips.csv", "--label", "cover"]
     main([*words, "--split-by", "part", "--out", "shards", "--name", "fields"])
     said = capsys.readouterr().out
-    assert "train  4 rows, 4 places\n         crop 2, forest 2; 0 rows unlabelled" in said
+    assert "places: 1 blocks of 5000 m" in said
+    assert "train  4 rows, 1 places\n         crop 2, forest 2; 0 rows unlabelled" in said
+    assert "left out: 3 keys, all of them in shards/fields/left_out.csv" in said
+    assert (chips / "shards/fields/left_out.csv").read_text().split("\n")[:4] == [
+        "key,why",
+        "k8,no 'part'",
+        "k9,s1 without s2",
+        "other,s2 without s1",
+    ]
     assert "Next: msgfm inspect shards/fields\n      msgfm pretrain --data shards/fields --name fields" in said
     with pytest.raises(SystemExit):
         main([*words, "--split-by", "part", "--out", "shards", "--name", "fields"])

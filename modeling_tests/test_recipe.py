@@ -332,7 +332,12 @@ def test_folders_given_by_hand_are_the_mixture(tmp_path, monkeypatch):
     base = load_recipe("msgfm_base")
     got = parse("--recipe", "msgfm_base", "--data", "paper")
     assert (got.data, got.batch_sizes, got.name) == (["paper"], base.batch_sizes, "msgfm_base")
-    assert parse("--recipe", "msgfm_base", "--data", "paper/mdas").batch_sizes == {}
+    with pytest.raises(ValueError, match="of recipe 'msgfm_base', .*, got no geopile, millionaid, sen12ms beside"):
+        parse("--recipe", "msgfm_base", "--data", "paper/mdas")
+    got = parse("--recipe", "msgfm_base", "--data", "paper/mdas", "--batch_sizes", "{mdas: 8}")
+    assert (got.batch_sizes, got.learning_rate) == ({"mdas": 8}, base.learning_rate)
+    (tmp_path / "mine.yaml").write_text("name: mine\nmax_steps: 3\n")
+    assert parse("--recipe", "mine.yaml", "--data", "a").name == "mine"
 
 
 def test_options_are_read_as_strictly_as_a_file():

@@ -255,7 +255,7 @@ def test_the_grid_is_what_all_inputs_cover(scene):
 
 def test_metres_are_metres_where_the_map_is_in_feet(scene):
     write_geotiff(scene / "a.tif", smooth(1, dtype=np.float32), crs="EPSG:2994", gsd=2.0, origin=(636130, 852002))
-    plan = plan_scenes(parse_inputs(["dsm=a.tif"]), 0.6096, "block:10m", size=16)
+    plan = plan_scenes(parse_inputs(["dsm=a.tif,unit=metres"]), 0.6096, "block:10m", size=16)
     assert plan.transform.a == pytest.approx(2.0) and plan.shape == (128, 128)
 
 

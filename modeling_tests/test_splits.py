@@ -1,8 +1,10 @@
 """Splits by place: groups are dealt whole, blocks are squares on the ground, overlaps are found."""
 
+import collections
 import math
 
 import numpy as np
+import pyproj
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -100,11 +102,24 @@ def test_fewer_groups_than_splits():
         deal_groups({"a": 5, "b": 5}, SHARES)
 
 
-def test_blocks_are_squares_of_the_equal_area_grid():
-    # EASE-Grid 2.0: at the equator x = a cos(30 degrees) lon, with a = 6378137 m (NSIDC's definition of the grid).
-    metres = 6378137 * math.cos(math.radians(30)) / math.sqrt(1 - 0.0066943799901 * math.sin(math.radians(30)) ** 2)
-    degrees = 5000 / (metres * math.pi / 180)
-    centres = [("EPSG:4326", degrees * part, 0.001) for part in (0.5, 0.99, 1.01, -0.5)]
+@pytest.mark.parametrize("latitude", [-78.0, -33.0, 0.4, 57.0, 69.0])
+def test_blocks_are_squares_on_the_ground_everywhere(latitude):
+    earth, near = pyproj.Geod(ellps="WGS84"), np.arange(-0.06, 0.06, 0.0004)
+    columns = near / math.cos(math.radians(latitude))
+    points = [("EPSG:4326", 20 + x, latitude + y) for y in near for x in columns]
+    blocks = collections.defaultdict(list)
+    for name, (_, x, y) in zip(block_groups(points, 5000), points, strict=True):
+        blocks[name].append((x, y))
+    x, y = np.array(max(blocks.values(), key=len)).T
+    middle = (y.min() + y.max()) / 2
+    # A step of the points is 45 m.
+    assert earth.inv(x.min(), middle, x.max(), middle)[2] == pytest.approx(5000, abs=100)
+    assert earth.inv(20, y.min(), 20, y.max())[2] == pytest.approx(5000, abs=100)
+
+
+def test_blocks_count_from_the_equator_and_greenwich():
+    # On a sphere of 6371008.8 m a degree is 111195.08 m.
+    centres = [("EPSG:4326", part * 5000 / 111195.08, 0.001) for part in (0.5, 0.99, 1.01, -0.5)]
     assert block_groups(centres, 5000) == ["block_x0_y0", "block_x0_y0", "block_x1_y0", "block_x-1_y0"]
     # One place in two coordinate systems is in one block.
     assert len(set(block_groups([("EPSG:4326", 3.0, 51.0), (UTM31, 500_000, 5_649_824.6)], 5000))) == 1
@@ -138,6 +153,14 @@ def test_overlaps_are_found_across_coordinate_systems():
     east = Footprint("east", "val", UTM32, (284_000.0, 5_542_000.0, 286_240.0, 5_544_240.0), 10.0)
     far = Footprint("far", "test", UTM32, (600_000.0, 5_542_000.0, 602_240.0, 5_544_240.0), 10.0)
     assert [(one.key, other.key) for one, other in overlapping_footprints([west, east, far])] == [("west", "east")]
+
+
+def test_footprints_at_the_antimeridian_do_not_reach_around_the_earth():
+    # Taveuni lies across 180 degrees (UTM 60 and 1 south); 15 degrees east is in zone 33.
+    fiji = square("fiji", "train", 818_900, 8_117_800, 4000, "EPSG:32760")
+    east = square("east", "test", 182_000, 8_117_800, crs="EPSG:32701")
+    africa = square("africa", "val", 500_000, 8_120_000, crs="EPSG:32733")
+    assert [(one.key, other.key) for one, other in overlapping_footprints([fiji, east, africa])] == [("east", "fiji")]
 
 
 def test_revisits_of_a_place_count_once():

@@ -142,7 +142,7 @@ def _shards_archive(arguments):
 
 
 def _shards_folder(arguments):
-    from msgfm_hf.data.folder import plan_folder, write_folder
+    from msgfm_hf.data.folder import LEFT_OUT, plan_folder, write_folder
     from msgfm_hf.data.inputs import parse_inputs
 
     plan = plan_folder(
@@ -160,6 +160,8 @@ def _shards_folder(arguments):
     print("\n".join(plan.said))
     name = arguments.name or "_".join(plan.inputs)
     counts = write_folder(plan, arguments.out, name, seed=arguments.seed, overwrite=arguments.overwrite)
+    if plan.left_out:
+        print(f"left out: {len(plan.left_out)} keys, all of them in {Path(arguments.out) / name / LEFT_OUT}")
     _say_own_data(arguments.out, name, counts, plan.labels)
 
 

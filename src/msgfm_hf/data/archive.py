@@ -242,7 +242,8 @@ def format_conversion(conversion: Conversion) -> str:
     lines += [f"  {count}: {remark}" for remark, count in made["remarks"].items()]
     lines += [f"  note: {note}" for note in made["notes"]]
     lines += [f"  bad: {bad['key']}: {bad['reason']}" for bad in made["bad"]]
-    lines.append(f"  {'stored values':<16}{'mean':>12}{'std':>12}{'min':>12}{'max':>12}   published mean, std")
+    measured = "stored, train" if made["rows"].get("train") else "stored, all"
+    lines.append(f"  {measured:<16}{'mean':>12}{'std':>12}{'min':>12}{'max':>12}   published mean, std")
     for sensor, bands in made["statistics"].items():
         known = made["published"].get(sensor, {"bands": {}})["bands"]
         for band, found in bands.items():
@@ -461,7 +462,7 @@ def _convert(archive: Archive, work: Path, files: list[_File], workers: int | No
         record = _read_json(work / "records" / f"{file.name}.json")
         if record and (record["rows"] == 0 or (work / f"{file.name}.parquet").exists()):
             records[file.name] = record
-    _check_bad(records, max_bad)
+    _check_bad(records, max_bad, work)
     missing = [file for file in files if file.name not in records]
     done = sum(len(file.items) for file in files if file.name in records)
     total = sum(len(file.items) for file in files)
@@ -474,7 +475,7 @@ def _convert(archive: Archive, work: Path, files: list[_File], workers: int | No
             records[file.name] = record
             progress.set_postfix(bad=sum(len(record["bad"]) for record in records.values()), refresh=False)
             progress.update(len(file.items))
-            _check_bad(records, max_bad)
+            _check_bad(records, max_bad, work)
     return [records[file.name] for file in files]
 
 
@@ -483,14 +484,14 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _check_bad(records: dict[str, dict], max_bad: int):
+def _check_bad(records: dict[str, dict], max_bad: int, work: Path):
     bad = [f"{bad['key']}: {bad['reason']}" for record in records.values() for bad in record["bad"]]
     if len(bad) > max_bad:
         listed = "\n  ".join(bad[: max(max_bad, 20)])
         raise ValueError(
             f"`max_bad` must be at least the number of bad items, got {max_bad} and {len(bad)} so far. They are:\n"
-            f"  {listed}\nGive a larger `--max-bad` to go on without them; or repair them, remove the hidden folder "
-            "and begin again."
+            f"  {listed}\nGive a larger `--max-bad` to go on without them; or repair them, remove {work} and begin "
+            "again."
         )
 
 
@@ -630,6 +631,9 @@ def _manifest(archive: Archive, listing: Listing, plan: dict, records: list[dict
     for record in records:
         rows[record["split"]] += record["rows"]
         remarks.update(record["remarks"])
+    # As the published ones: of what trains.
+    measured = [record for record in records if record["split"] == "train" or not rows["train"]]
+    for record in measured:
         for sensor, bands in record["statistics"].items():
             merged = statistics.setdefault(sensor, {})
             for band, found in bands.items():

@@ -40,7 +40,12 @@ from msgfm_hf.data.splits import (
     split_column,
 )
 
+LEFT_OUT = "left_out.csv"
 _SHOWN = 5
+# Where blocks hold fewer chips than this on average, they keep no neighbours together.
+_FEW_CHIPS = 2
+# What counts as one place where a table gives the split alone.
+_PLACE_METRES = 5000.0
 
 
 @dataclass
@@ -70,12 +75,14 @@ class FolderPlan:
         rows (`list[PlannedRow]`): ordered by key.
         labels (`Labels`, *optional*): labels of the rows.
         said (`list[str]`): what was found, matched and left out, to print.
+        left_out (`dict[str, str]`): {key: why it has no row}.
     """
 
     inputs: dict[str, Input]
     rows: list[PlannedRow]
     labels: Labels | None
     said: list[str]
+    left_out: dict[str, str]
 
 
 def match_keys(pattern: str) -> dict[str, str]:
@@ -137,7 +144,8 @@ def plan_folder(
         labels (`str`, *optional*): a CSV, a pattern of masks with `{key}`, or a file of points and polygons.
         label (`str`, *optional*): column or attribute of the labels.
         label_type (`str`, *optional*): `class`, `list` or `number`, of a CSV.
-        splits (`str`, *optional*): CSV with the column of `split_by`; default `labels`.
+        splits (`str`, *optional*): CSV with the column of `split_by`; default `labels`. With a split column images on
+            the map are counted by places of 5 km, others each by itself.
         shares (`str`): parts of train, val and test, where groups are dealt.
         seed (`int`): of the deal.
         allow_overlap (`bool`): accept footprints that overlap across splits.
@@ -156,9 +164,12 @@ def plan_folder(
     input_levels(inputs)
     files = {sensor: match_keys(given.path) for sensor, given in inputs.items()}
     keys = sorted(set.intersection(*map(set, files.values())))
-    said = []
+    said, left_out = [], {}
     for sensor, found in files.items():
         alone = set(found) - set(keys)
+        for key in alone:
+            there = [name for name in files if key in files[name]]
+            left_out[key] = f"{' and '.join(there)} without {' and '.join(name for name in files if name not in there)}"
         said.append(f"{sensor}: {len(found)} files match {inputs[sensor].path}")
         said += [f"{sensor}: {_listed(alone)} have no partner and are left out"] if alone else []
     if not keys:
@@ -175,7 +186,7 @@ def plan_folder(
         for key in tqdm(keys, "reading headers", unit=" rows")
     ]
     said += [f"{sensor}: {count} files {fact}" for (sensor, fact), count in sorted(facts.items())]
-    table = None if splits is None else read_key_table(splits, keys)
+    table = None if splits is None else read_key_table(splits, keys, "splits")
     said += [table.said] if table else []
     found, label_table = _open_labels(labels, label, label_type, keys)
     said += found.said if found else []
@@ -187,20 +198,31 @@ def plan_folder(
         for row in rows:
             row.split = dealt[row.group_id]
         said.append(f"split: {len(dealt)} blocks of {by.block:g} m, dealt {shares} by rows (seed {seed})")
+        chips = len({_place(row) for row in rows})
+        if chips < _FEW_CHIPS * len(dealt):
+            said.append(
+                f"! split: {chips} places in {len(dealt)} blocks: where chips touch, neighbours fall into other "
+                "splits. Larger blocks keep them together"
+            )
     else:
         rows = _split_by_column(rows, by.column, table or label_table, parts, shares, seed, said)
+        left_out |= dict.fromkeys(set(keys) - {row.key for row in rows}, f"no {by.column!r}")
     if drop_overlap:
+        before = {row.key: row.split for row in rows}
         rows = _without_overlap(rows, said)
+        gone = set(before) - {row.key for row in rows}
+        left_out |= {key: f"of {before[key]}, overlaps another split" for key in gone}
     _check_overlap(rows, allow_overlap, said)
     if found and found.kind == "map":
         for row in tqdm(rows, "checking labels", unit=" rows"):
             if found.has(row.key):
                 found.check(row.key, row.grid)
-    return FolderPlan(inputs, rows, found, said)
+    return FolderPlan(inputs, rows, found, said, left_out)
 
 
 def write_folder(plan: FolderPlan, out, name: str, seed: int = 0, overwrite: bool = False) -> dict[str, SplitCounts]:
-    """Read the pixels of a plan, row by row, and write them as one source, in a seeded order.
+    """Read the pixels of a plan, row by row, and write them as one source, in a seeded order; `left_out.csv` beside
+    them names every key that has no row.
 
     Args:
         plan (`FolderPlan`): of `plan_folder`.
@@ -243,6 +265,8 @@ def write_folder(plan: FolderPlan, out, name: str, seed: int = 0, overwrite: boo
             raise ValueError(
                 f"`labels` must lie on the images, got none of {', '.join(classes)} on any. Check the coordinates."
             )
+        if plan.left_out:
+            writer.write_table(LEFT_OUT, [("key", "why"), *sorted(plan.left_out.items())])
     return counts
 
 
@@ -301,20 +325,25 @@ def _open_labels(
 
 
 def _group_by_block(rows: list[PlannedRow], size: float):
-    centres = []
     for row in rows:
         if row.grid.crs is None:
             raise ValueError(
                 f"`split_by` blocks need images with a place on the map, got none in {row.grid.path}. "
                 "Georeference it, or split by a column."
             )
-        height, width = row.grid.shape
-        side = max(height, width) * row.grid.gsd
+        side = max(row.grid.shape) * row.grid.gsd
         if size < side:
             raise ValueError(
                 f"`split_by` blocks must be at least as large as an image, got {size:g} m for {row.grid.path} of "
                 f"{side:.4g} m: neighbours would fall into splits by chance. Take blocks several times as large."
             )
+    _name_blocks(rows, size)
+
+
+def _name_blocks(rows: list[PlannedRow], size: float):
+    centres = []
+    for row in rows:
+        height, width = row.grid.shape
         centres.append((crs_name(row.grid.crs), *(row.grid.transform @ (width / 2, height / 2))))
     for row, group in zip(rows, block_groups(centres, size), strict=True):
         row.group_id = group
@@ -341,6 +370,11 @@ def _split_by_column(rows, column, table, parts, shares, seed, said) -> list[Pla
         row.group_id = row.key if split else values[row.key]
     if split:
         said.append(f"split: that of column {column!r} of {table.path}")
+        # Who made the split does not say which chips are of one place, and results are counted by place.
+        placed = [row for row in rows if row.grid.crs is not None]
+        _name_blocks(placed, _PLACE_METRES)
+        count = len({row.group_id for row in placed})
+        said += [f"places: {count} blocks of {_PLACE_METRES:g} m"] if placed else []
     dealt = None if split else deal_groups(Counter(values.values()), parts, seed)
     for row in rows:
         row.split = split[values[row.key]] if split else dealt[row.group_id]

@@ -15,7 +15,7 @@ from msgfm_hf.model.image_processing_msgfm import read_geotiff
 from msgfm_hf.model.sensors import get_sensor
 
 # Mean radius of the Earth in metres (IUGG), for images in geographic coordinates.
-_EARTH_RADIUS = 6_371_008.8
+EARTH_RADIUS = 6_371_008.8
 # Projections whose scale is that of their standard parallel alone, and how the side of a square as large as a pixel
 # shrinks away from it: by this power of the cosine of the latitude. Degrees and plate carree shrink in one direction
 # only, Mercator in both.
@@ -88,7 +88,7 @@ class Header:
         if self.crs is None:
             return None
         side = math.sqrt(abs(self.transform.determinant))
-        side *= _EARTH_RADIUS * self.crs.units_factor[1] if self.crs.is_geographic else self.crs.linear_units_factor[1]
+        side *= EARTH_RADIUS * self.crs.units_factor[1] if self.crs.is_geographic else self.crs.linear_units_factor[1]
         if has_true_metres(self.crs):
             return side
         height, width = self.shape

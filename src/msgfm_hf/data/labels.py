@@ -72,9 +72,14 @@ class KeyTable:
         return {key: value for key, value in found.items() if value.lower() not in _NO_VALUE}
 
 
-def read_key_table(path, keys: Iterable[str]) -> KeyTable:
+def read_key_table(path, keys: Iterable[str], argument: str = "labels") -> KeyTable:
     """Read a CSV, and find the column that holds the keys: `key`, else the one in which most of them occur. Columns
     without a name and rows without a key are left out.
+
+    Args:
+        path (`str` or `Path`): the file.
+        keys (`Iterable[str]`): of the images.
+        argument (`str`): what names the file, for errors.
 
     Raises:
         ValueError: if the file cannot be read as a table, no column matches, or one of the keys occurs twice.
@@ -87,21 +92,23 @@ def read_key_table(path, keys: Iterable[str]) -> KeyTable:
             named = [{name.strip(): text for name, text in line.items() if name} for line in reader]
             lines = [{name: (line[name] or "").strip() for name in columns} for line in named]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"`labels` must be a readable CSV, got {path} ({error}). Save it as UTF-8 text.") from error
+        raise ValueError(
+            f"`{argument}` must be a readable CSV, got {path} ({error}). Save it as UTF-8 text."
+        ) from error
     wanted = set(keys)
     found = {name: len(wanted & {line[name] for line in lines}) for name in columns}
     column = "key" if found.get("key") else max(columns, key=lambda name: found[name], default="")
     other = next((mark for mark in (";", "\t") if len(columns) == 1 and mark in columns[0]), None)
     if other is not None:
         raise ValueError(
-            f"`labels` must have commas between columns, got {other!r} in {path}. Save it as CSV with commas and "
+            f"`{argument}` must have commas between columns, got {other!r} in {path}. Save it as CSV with commas and "
             "decimal points."
         )
     if not found.get(column):
         first = ", ".join(f"{name}={text!r}" for name, text in (lines[0] if lines else {}).items())
         raise ValueError(
-            f"`labels` must have a column with the keys of the images, such as {min(wanted, default='')!r}, got {path} "
-            f"with {first or 'no rows'}. {_key_hint(wanted, lines)}"
+            f"`{argument}` must have a column with the keys of the images, such as {min(wanted, default='')!r}, got "
+            f"{path} with {first or 'no rows'}. {_key_hint(wanted, lines)}"
         )
     rows: dict[str, dict[str, str]] = {}
     for line in lines:
@@ -109,7 +116,7 @@ def read_key_table(path, keys: Iterable[str]) -> KeyTable:
             continue
         if line[column] in rows:
             raise ValueError(
-                f"`labels` must name each key once, got {line[column]!r} twice in {column!r} of {path}. Drop one."
+                f"`{argument}` must name each key once, got {line[column]!r} twice in {column!r} of {path}. Drop one."
             )
         rows[line[column]] = line
     said = f"{path}: {len(rows)} of {len(wanted)} keys found in column {column!r}"
@@ -128,8 +135,8 @@ def _key_hint(keys: set[str], lines: list[dict[str, str]]) -> str:
     return f"Add a column `key`: {found[0]!r} has names of files, such as {found[1]!r}, where keys have no ending."
 
 
-# How spreadsheets and pandas write that there is nothing.
-_NO_VALUE = ("", "nan", "na", "n/a", "none", "null")
+# How numpy writes that there is nothing. NA is Namibia too, and none a class.
+_NO_VALUE = ("", "nan")
 
 
 class TableLabels:

@@ -241,8 +241,7 @@ def write_scenes(
             overwrite=overwrite,
         ) as writer,
         tempfile.TemporaryFile(dir=out) as waiting,
-        tempfile.TemporaryDirectory(dir=out, prefix=".power-") as power,
-        contextlib.closing(_warped(plan, Path(power))) as warped,
+        contextlib.closing(_warped(plan, writer.make_scratch())) as warped,
     ):
         for top, left, images in tqdm(warped, f"warping {name}", len(plan.corners), unit=" tiles"):
             reason = _too_empty(images, min_valid)

@@ -4,13 +4,14 @@ A row is one footprint. It holds the pixels of each sensor as bytes in the store
 needed to turn them into physical values and to put them on a map. `physical = stored * scale + offset`.
 """
 
+import csv
 import dataclasses
 import io
 import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -413,6 +414,19 @@ class ShardWriter:
                     os.replace(self._partial, self.folder)
         finally:
             shutil.rmtree(self._partial, ignore_errors=True)
+            shutil.rmtree(self._partial.with_suffix(".scratch"), ignore_errors=True)
+
+    def write_table(self, name: str, lines: Iterable[Sequence[str]]):
+        """Add a CSV beside the rows, of that name."""
+        with open(self._partial / name, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows(lines)
+
+    def make_scratch(self) -> Path:
+        """A folder beside the source for what is needed while it is written; it goes with the writer, however that
+        ends: the next writer of the source removes what a killed one left."""
+        folder = self._partial.with_suffix(".scratch")
+        folder.mkdir()
+        return folder
 
     def write(self, row: ShardRow):
         """Add a row. Bands, units and dtype of a sensor are the same in all rows of a source."""
@@ -431,7 +445,7 @@ class ShardWriter:
 
     def _clear_leftovers(self):
         """Remove what killed writers of this source left, and put back a source that one was about to replace."""
-        name = re.compile(rf"\.{re.escape(self.rules.source)}-(\d+)\.(partial|former)")
+        name = re.compile(rf"\.{re.escape(self.rules.source)}-(\d+)\.(partial|former|scratch)")
         for path in sorted(self.out_dir.iterdir()):
             match = name.fullmatch(path.name)
             if match is None or _is_running(int(match[1])):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from msgfm_hf.data.geotiff import geo_module
+from msgfm_hf.data.geotiff import EARTH_RADIUS, geo_module
 from msgfm_hf.data.shards import UNLABELLED, ShardRow
 
 SPLITS = ("train", "val", "test")
@@ -29,8 +29,6 @@ _SPELLINGS = {
     "testing": "test",
 }
 _SHOWN = 5
-# Blocks are squares of equal area everywhere: WGS 84 / NSIDC EASE-Grid 2.0 Global, in metres.
-_EQUAL_AREA = "EPSG:6933"
 # Neighbours whose edges are written with rounding errors do not overlap.
 _TOLERANCE_PIXELS = 0.5
 
@@ -186,7 +184,8 @@ def hashed_fraction(name: str) -> float:
 
 
 def block_groups(centres: list[tuple[str, float, float]], size: float) -> list[str]:
-    """The block that each point lies in: squares of an equal-area grid of the whole Earth.
+    """The block that each point lies in: bands of latitude as high as a block, each cut into pieces as wide, in its
+    middle, on a sphere.
 
     Args:
         centres (`list[tuple]`): coordinate system, x and y of each point.
@@ -197,18 +196,21 @@ def block_groups(centres: list[tuple[str, float, float]], size: float) -> list[s
     """
     transform = geo_module("rasterio.warp").transform
     names = [""] * len(centres)
+    height = math.degrees(size / EARTH_RADIUS)
     for crs in dict.fromkeys(crs for crs, _, _ in centres):
         numbers = [number for number, centre in enumerate(centres) if centre[0] == crs]
-        xs, ys = transform(crs, _EQUAL_AREA, [centres[n][1] for n in numbers], [centres[n][2] for n in numbers])
-        for number, x, y in zip(numbers, xs, ys, strict=True):
-            names[number] = f"block_x{math.floor(x / size)}_y{math.floor(y / size)}"
+        found = transform(crs, "EPSG:4326", [centres[n][1] for n in numbers], [centres[n][2] for n in numbers])
+        for number, longitude, latitude in zip(numbers, *found, strict=True):
+            row = math.floor(latitude / height)
+            width = height / math.cos(math.radians(max(-89.0, min(89.0, (row + 0.5) * height))))
+            names[number] = f"block_x{math.floor(longitude / width)}_y{row}"
     return names
 
 
 def overlapping_footprints(footprints: list[Footprint]) -> list[tuple[Footprint, Footprint]]:
     """Pairs of footprints of different splits that overlap by more than half a pixel; edges may touch.
 
-    Footprints in one coordinate system are compared in it; those in several, in an equal-area one.
+    Footprints in one coordinate system are compared in it; those in several, in degrees.
 
     Returns:
         Pairs, ordered by keys. Rows with the same footprint and split count as one.
@@ -222,7 +224,10 @@ def overlapping_footprints(footprints: list[Footprint]) -> list[tuple[Footprint,
         inset = place.pixel * _TOLERANCE_PIXELS / 2
         shape = shapely.box(left + inset, bottom + inset, right - inset, top - inset)
         if not shared:
-            shape = shapely.geometry.shape(warp.transform_geom(place.crs, _EQUAL_AREA, shapely.geometry.mapping(shape)))
+            given = shapely.geometry.mapping(shape)
+            # Cut where degrees jump from 180 to -180: else such a shape would reach around the Earth.
+            moved = warp.transform_geom(place.crs, "EPSG:4326", given, antimeridian_cutting=True)
+            shape = shapely.geometry.shape(moved)
         shapes.append(shape)
     of_split = {
         split: [number for number, place in enumerate(unique) if place.split == split]

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from msgfm_hf.data.batch import collate, normalise, rotations, sample_masks
 from msgfm_hf.data.mixture import EvaluationCrops
@@ -137,11 +136,20 @@ def masked_crops(
     seed: int,
     max_crops: int | None,
     batch_size: int,
+    damaged: list[tuple[str, str]] | None = None,
 ) -> Iterator[MaskedCrops]:
-    """The crops of a source with masks that depend on the seed and the crop alone."""
+    """The crops of a source with masks that depend on the seed and the crop alone.
+
+    Args:
+        damaged: a list to which damaged rows are added, name and reason, and whose crops are left out; without one
+            they raise.
+
+    Raises:
+        CorruptShardError: at a damaged row, without `damaged`.
+    """
     config, device = model.config, model.device
     crops = EvaluationCrops(source, config.image_size, max_crops)
-    for part, pixel_values, valid_mask in _normalised(crops, source, processor, batch_size, device):
+    for part, pixel_values, valid_mask in _normalised(crops, source, processor, batch_size, device, damaged):
         masks = {
             sensor: sample_masks(
                 part["positions"], source.name, sensor, config, mask_ratio, seed, config.image_size
@@ -151,11 +159,19 @@ def masked_crops(
         yield MaskedCrops(part["group_ids"], part["keys"], pixel_values, valid_mask, masks, config.patch_size)
 
 
-def _normalised(crops: EvaluationCrops, source, processor, batch_size: int, device: torch.device):
-    # A generator of its own: a loader draws a seed when it starts, which must not shift the caller's.
-    for batch in DataLoader(crops, batch_size=batch_size, collate_fn=collate, generator=torch.Generator()):
-        part = batch["sources"][0]
-        yield part, *normalise(part["images"], source, processor, device)
+def _normalised(crops: EvaluationCrops, source, processor, batch_size: int, device: torch.device, damaged):
+    for first in range(0, len(crops), batch_size):
+        samples = []
+        for number in range(first, min(first + batch_size, len(crops))):
+            try:
+                samples.append(crops[number])
+            except CorruptShardError as error:
+                if damaged is None:
+                    raise
+                damaged.append((f"{source.name} {source.split}[{crops.ids[number][0]}]", str(error)))
+        if samples:
+            part = collate(samples)["sources"][0]
+            yield part, *normalise(part["images"], source, processor, device)
 
 
 def directions(sensors: Iterable[str]) -> list[tuple[str, str]]:
@@ -236,6 +252,7 @@ def evaluate_reconstruction(
     batch_size: int = 16,
     with_baselines: bool = True,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
+    damaged: list[tuple[str, str]] | None = None,
 ) -> list[dict]:
     """Masked L1 of every sensor and crossing of every source, beside the baselines on the same masks.
 
@@ -248,10 +265,16 @@ def evaluate_reconstruction(
         max_crops: at most this many crops of each source, spread evenly; `None` for all.
         with_baselines: whether to compute all baselines, or the band mean alone.
         autocast: makes the context in which the model runs.
+        damaged: a list to which damaged rows are added, name and reason; they are left out. Without one they raise:
+            numbers to be compared must not depend on what could be read.
 
     Returns:
         one dictionary per source and direction: `source, input, target, crops` (n), `places` (their number), `l1`,
-        one entry per baseline, and `by_place`: {place: the same values and crops}. Pixels, not images, weigh equally.
+        one entry per baseline, and `by_place`: {place: the same values and crops}. Pixels, not images, weigh equally. A
+        source without a whole crop has none.
+
+    Raises:
+        CorruptShardError: at a damaged row, without `damaged`.
     """
     was_training = model.training
     model.eval()
@@ -259,7 +282,7 @@ def evaluate_reconstruction(
     for source in sources:
         known = statistics[source.name]
         sums = {way: defaultdict(lambda: defaultdict(float)) for way in directions(source.sensors)}
-        for crops in masked_crops(source, processor, model, mask_ratio, seed, max_crops, batch_size):
+        for crops in masked_crops(source, processor, model, mask_ratio, seed, max_crops, batch_size, damaged):
             with autocast():
                 predictions = predict_directions(model, crops, source)
             for (sensor, target), places in sums.items():
@@ -279,6 +302,8 @@ def evaluate_reconstruction(
                     places[place]["pixels"] += pixels
                     places[place]["crops"] += 1
         for (sensor, target), places in sums.items():
+            if not places:
+                continue
             names = [name for name in next(iter(places.values())) if name not in ("pixels", "crops")]
             total = {name: sum(place[name] for place in places.values()) for name in (*names, "pixels", "crops")}
             results.append(

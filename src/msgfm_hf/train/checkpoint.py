@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +65,8 @@ def checkpoint_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
+        with suppress(OSError):
+            why += f"; {shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free there"
         raise CheckpointError(
             f"`output_dir` must be writable, got {str(folder)!r}: {why}. What was saved before is whole; make room and "
             "add `--resume`."
@@ -117,7 +119,7 @@ def save_model(
 
 @contextmanager
 def _torch_errors() -> Iterator[None]:
-    """Let a full disk be an OSError: torch and safetensors report a full disk as errors of their own."""
+    """Let a full disk be an OSError: torch and safetensors report it as errors of their own, torch without the word."""
     try:
         yield
     except (RuntimeError, SafetensorError) as error:

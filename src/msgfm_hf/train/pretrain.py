@@ -319,9 +319,7 @@ class _Run:
         self.mixture = mixture = Mixture(recipe)
         world = self.accelerator.num_processes
         self.turns_per_step = world * recipe.gradient_accumulation_steps
-        self.epoch = steps_per_epoch(
-            [len(source) for source in mixture.sources], mixture.batch_sizes, self.turns_per_step
-        )
+        self.epoch = self._epoch(self.turns_per_step)
         set_seed(recipe.seed)
         first = "rgb" if "rgb" in mixture.sensors else mixture.sensors[0]
         self.config = recipe.model_config(
@@ -334,8 +332,7 @@ class _Run:
         self.made_by = _made_by(recipe, mixture, world, self.accelerator.mixed_precision)
 
         # `planned` is what the schedule of the learning rate means by a step, whatever the number of processes now.
-        steps = recipe.max_steps if recipe.max_steps > 0 else max(1, round(recipe.num_train_epochs * self.epoch))
-        self.planned = {"steps": steps, "turns": steps * self.turns_per_step}
+        self.planned = self._plan(self.turns_per_step)
         self.step, self.turn, self.best, self.bad, self.skipped = 0, 0, None, [], 0
         self.losses: list[float] = []
         self.first_crops = None
@@ -346,6 +343,12 @@ class _Run:
                 stream.load_state_dict(places[stream.name])
             for name, value in loaded[0].items():
                 setattr(self, name, value)
+            again = self._plan(self.planned["turns"] // self.planned["steps"])
+            if self.planned["asked"] != again["asked"]:
+                if self.accelerator.is_main_process:
+                    was, now = self.planned["steps"], again["steps"]
+                    print(f"This run was of {was} steps and is of {now} now: the learning rate follows the new length.")
+                self.planned = again
         left = math.ceil(max(self.planned["turns"] - self.turn, 0) / self.turns_per_step)
         self.max_steps = self.step + left
         identity = zlib.crc32(json.dumps(self.made_by["identity"], sort_keys=True).encode())
@@ -372,6 +375,18 @@ class _Run:
             # Every state of the bar stays in a log file.
             mininterval=0.1 if sys.stderr.isatty() else 10,
         )
+
+    def _epoch(self, turns_per_step: int) -> int:
+        rows = [len(source) for source in self.mixture.sources]
+        return steps_per_epoch(rows, self.mixture.batch_sizes, turns_per_step)
+
+    def _plan(self, turns_per_step: int) -> dict:
+        """How long the run is to be: in steps as it began, and in turns, which do not depend on the processes."""
+        asked = {name: getattr(self.recipe, name) for name in ("max_steps", "num_train_epochs")}
+        steps = asked["max_steps"]
+        if steps <= 0:
+            steps = max(1, round(asked["num_train_epochs"] * self._epoch(turns_per_step)))
+        return {"asked": asked, "steps": steps, "turns": steps * turns_per_step}
 
     def _load(self) -> tuple[dict, dict] | None:
         """The newest whole checkpoint, as the main process finds it: what one process cannot read, none may use."""
@@ -493,6 +508,9 @@ class _Run:
             held.enter_context(only_writer(self.run_dir))
             set_aside_later_checkpoints(self.run_dir, self.step)
             self._write_record()
+            if not self.finished:
+                # Of a run that was over before it was made longer.
+                (self.run_dir / "validation.json").unlink(missing_ok=True)
             for path in (self.run_dir / "metrics.jsonl", *(self.run_dir / "samples").glob("*.jsonl")):
                 _cut_lines(path, self.step)
             if self.recipe.report_to:
@@ -708,12 +726,16 @@ class _Run:
         if self.accelerator.is_main_process:
             self.progress.write(text)
 
-    def _note_damage(self, damage: list[tuple[str, str]], lost: bool):
-        """List each damaged row once; stop at too many, or where no row could be read in their place."""
+    def _tell_damage(self, damage: list[tuple[str, str]]):
+        """List each damaged row once."""
         for where, reason in damage:
             if where not in (known for known, _ in self.bad):
                 self._say(f"Damaged row {where} left out: {reason}")
                 self.bad.append((where, reason))
+
+    def _note_damage(self, damage: list[tuple[str, str]], lost: bool = False):
+        """List damaged rows; stop at too many, or where no row could be read in their place."""
+        self._tell_damage(damage)
         if len(self.bad) > self.recipe.max_bad or lost:
             where, reason = self.bad[-1]
             raise RuntimeError(
@@ -764,8 +786,10 @@ class _Run:
                 line = {"step": self.step, "keys": keys}
                 _append(folder / f"rank-{self.accelerator.process_index:05d}.jsonl", line)
 
-    def _evaluate(self, model: MsGFMForPreTraining, max_crops: int | None) -> list[dict]:
-        return evaluate_reconstruction(
+    def _evaluate(self, model: MsGFMForPreTraining, max_crops: int | None) -> tuple[list[dict], list[tuple[str, str]]]:
+        """What `evaluate_reconstruction` finds, and the damaged rows that were left out."""
+        damaged: list[tuple[str, str]] = []
+        rows = evaluate_reconstruction(
             model,
             self.processor,
             self.mixture.validation,
@@ -775,11 +799,14 @@ class _Run:
             max_crops,
             with_baselines=False,
             autocast=self.accelerator.autocast,
+            damaged=damaged,
         )
+        return rows, damaged
 
     def _validate(self):
         """Evaluate, and keep the model if it is the best so far."""
-        rows = self._evaluate(self.model, self.recipe.eval_max_crops)
+        rows, damaged = self._evaluate(self.model, self.recipe.eval_max_crops)
+        self._note_damage(damaged)
         ratios = [ratio for ratio in map(_ratio, rows) if ratio is not None]
         # Where nothing can be compared, the newest model is the best.
         score = sum(ratios) / len(ratios) if ratios else -self.step
@@ -814,7 +841,7 @@ class _Run:
             draw_progress(
                 self.model,
                 self.processor,
-                self.mixture.validation,
+                [source for source in self.mixture.validation if self.first_crops[source.name]],
                 self.first_crops,
                 self.recipe.cross_loss_region,
                 f"{self.recipe.name}, step {self.step}. Grey: hidden, invalid or not trained.",
@@ -826,7 +853,7 @@ class _Run:
         recipe = self.recipe
         return {
             source.name: list(
-                masked_crops(source, self.processor, model, recipe.mask_ratio, recipe.seed, max_crops, 16)
+                masked_crops(source, self.processor, model, recipe.mask_ratio, recipe.seed, max_crops, 16, [])
             )
             for source in self.mixture.validation
         }
@@ -858,7 +885,8 @@ class _Run:
         rows = []
         model = MsGFMForPreTraining.from_pretrained(self.run_dir).to(self.accelerator.device)
         if self.mixture.validation and self.finished:
-            rows = self._evaluate(model, None)
+            rows, damaged = self._evaluate(model, None)
+            self._tell_damage(damaged)
             write_text(self.run_dir / "validation.json", json.dumps(rows, indent=2))
         with checkpoint_errors(self.run_dir):
             pictures = [draw_losses(self.run_dir / "metrics.jsonl", self.run_dir / "losses.png")]
@@ -881,8 +909,8 @@ class _Run:
         return rows
 
     def _draw(self, model: MsGFMForPreTraining) -> list[Path]:
-        recipe, sources = self.recipe, self.mixture.validation
-        crops = self._masked_crops(model, recipe.eval_max_crops)
+        recipe, crops = self.recipe, self._masked_crops(model, self.recipe.eval_max_crops)
+        sources = [source for source in self.mixture.validation if crops[source.name]]
         with self.accelerator.autocast():
             reconstruction = draw_reconstruction(
                 model, self.processor, sources, crops, recipe.cross_loss_region, self.run_dir / "reconstruction.png"
@@ -901,6 +929,8 @@ def _precision(recipe: Recipe) -> str:
 _STATE = ("step", "turn", "planned", "best", "bad", "skipped", "losses")
 # What may differ between a checkpoint and the run that goes on from it, without changing what is learnt.
 _FREE_FIELDS = (
+    "max_steps",
+    "num_train_epochs",
     "name",
     "output_dir",
     "data",

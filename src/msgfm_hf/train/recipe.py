@@ -316,11 +316,12 @@ def _value(entry):
 def recipe_from_arguments(arguments: argparse.Namespace) -> Recipe:
     """The recipe that `--recipe` names, with the fields given on the command line.
 
-    Folders of `--data` are the mixture, and nothing is made. A recipe whose sub-batches are of sources that are there
-    keeps them; any other lends its remaining fields to a run named `run`.
+    Folders of `--data` are the mixture, and nothing is made. The quickstart lends its other fields to any data, as a
+    run named `run`.
 
     Raises:
-        ValueError: as `load_recipe`, and for folders without shards.
+        ValueError: as `load_recipe`, for folders without shards, and where a source of the recipe's sub-batches is
+            missing.
     """
     fields = {entry.name for entry in dataclasses.fields(Recipe)}
     given = {name: value for name, value in vars(arguments).items() if name in fields}
@@ -328,6 +329,13 @@ def recipe_from_arguments(arguments: argparse.Namespace) -> Recipe:
         return load_recipe(arguments.recipe, given)
     recipe = load_recipe(arguments.recipe, {"make_data": "none", **given})
     there = {Path(folder).name for data in recipe.data for folder in find_sources(data)}
-    if recipe.batch_sizes and set(recipe.batch_sizes) <= there:
+    missing = sorted(set(recipe.batch_sizes) - there - set(recipe.streams))
+    if not missing:
         return recipe
+    if arguments.recipe != "quickstart":
+        raise ValueError(
+            f"`data` must hold the sources of recipe {arguments.recipe!r}, {', '.join(recipe.batch_sizes)}, got no "
+            f"{', '.join(missing)} beside {', '.join(sorted(there))}. Make it, or say what to train on, such as "
+            f"--batch_sizes '{{{min(there)}: 32}}'."
+        )
     return load_recipe(arguments.recipe, {"make_data": "none", "batch_sizes": {}, "name": "run", **given})
