@@ -283,6 +283,9 @@ def main():
     codes, _ = wait(fork_run(recipe, log), None, [])
     print(f"disturbed: {rounds} runs in {lives + 1} lives and {time.monotonic() - began:.0f} s; {dict(happened)}")
     wrong += compare(run, whole, data, arguments.steps) if codes == [0, 0] else [f"the last life ended with {codes}"]
+    for trouble in ("damaged shard", "removed shard", "full disk"):
+        if arguments.kills >= 100 and not happened[f"refused with a message: {trouble}"]:
+            wrong.append(f"no life met a {trouble}")
     print("\n".join(wrong) or "weights, moments, metrics and samples are those of the undisturbed run, bit by bit")
     if scratch is not None:
         scratch.cleanup()

@@ -40,8 +40,8 @@ class Ranks:
             spoil: (rank, n): a weight's gradient is not a number in the n-th backward pass of this process.
 
         Returns:
-            per process {"code": exit code (-9 if killed), "said": text, "weights": SHA-256 of the model's weights at
-            the end, "unused": whether its DDP looks for unused parameters}.
+            per process {"code": exit code (-9 if killed), "said": text, "weights": SHA-256 of the weights that this
+            process holds at the end, "kinds": types of its parameters, "unused": whether its DDP looks for unused ones}.
         """
         log.mkdir(parents=True, exist_ok=True)
         job = {"log": str(log), "argv": list(arguments), "world": world, "die": die, "spoil": spoil}
@@ -111,7 +111,6 @@ def _fork(job: dict, rank: int, port: int) -> int:
 
 
 def _pretrain(job: dict, rank: int) -> int:
-    import torch
 
     from msgfm_hf.train import pretrain as room
 
@@ -138,8 +137,10 @@ def _pretrain(job: dict, rank: int) -> int:
     if "model" in made and code == 0:
         digest = hashlib.sha256()
         for _, value in sorted(made["model"].state_dict().items()):
-            digest.update(value.detach().numpy().tobytes() if type(value) is torch.Tensor else b"sharded")
+            digest.update(getattr(value, "to_local", lambda value=value: value)().detach().numpy().tobytes())
+        kinds = {type(value).__name__ for value in made["model"].parameters()}
         facts = {"weights": digest.hexdigest(), "unused": getattr(made["prepared"], "find_unused_parameters", None)}
+        facts["kinds"] = sorted(kinds)
         Path(job["log"], f"rank-{rank}.json").write_text(json.dumps(facts))
     return code
 

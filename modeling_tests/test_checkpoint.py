@@ -206,7 +206,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, run, no_room, failur
     }
     no_room(*failures[failure])
     with pytest.raises(
-        CheckpointError, match="`output_dir` must be writable, got .*: .*make room and add `--resume`."
+        CheckpointError, match="`output_dir` must be writable, got .*; [0-9,]+ MiB are free there.*make room and add"
     ) as e:
         run.save(tmp_path, 20)
     assert "disk is full" in str(e.value) or "No space left" in str(e.value)

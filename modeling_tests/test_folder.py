@@ -382,6 +382,13 @@ def test_borders_that_are_all_there_is(strip):
         plan("part", "s1=s1/{key}.tif", splits="splits.csv", drop_overlap=True)
 
 
+def test_blocks_that_keep_no_neighbours_together_are_remarked(strip):
+    shares = {"shares": "1,0,0"}
+    small, large = (plan(f"block:{size}", "s1=s1/{key}.tif", **shares).said for size in ("160m", "50km"))
+    assert any("! split: 5 places in 3 blocks: where chips touch, neighbours fall" in line for line in small), small
+    assert not any("! split" in line for line in large)
+
+
 # The command
 
 

@@ -255,6 +255,18 @@ def test_metrics_have_a_line_per_step_and_evaluation(whole):
     }
 
 
+def test_the_time_spent_waiting_for_data_is_told(alone, tmp_path, monkeypatch):
+    def slow(samples, collate=pretrain_module.collate):
+        time.sleep(0.3)
+        return collate(samples)
+
+    monkeypatch.setattr(pretrain_module, "collate", slow)
+    run(quick(alone, tmp_path / "run", max_steps=3))
+    waits = [line["input_wait"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    # A step of this model takes some hundredths of a second.
+    assert len(waits) == 3 and 0.5 < np.median(waits) <= 1, waits
+
+
 def test_the_run_says_what_made_it(whole):
     out, _, _ = whole
     record = json.loads((out / "run.json").read_text())
@@ -605,6 +617,29 @@ def test_a_finished_run_stays_finished(alone, tmp_path):
     assert all(torch.equal(weights[name], after[name]) for name in weights)
 
 
+def test_a_finished_run_can_be_made_longer(data, tmp_path, monkeypatch):
+    """With a constant learning rate it is the run that was planned so from the beginning."""
+    monkeypatch.setattr(pretrain_module, "draw_reconstruction", lambda *arguments: arguments[-1])
+    changes = {"batch_sizes": {"aerial": 2}, "lr_milestones": [], "save_steps": 4}
+    run(plan(data, tmp_path / "whole", max_steps=8, eval_steps=8, **changes))
+    run(plan(data, tmp_path / "run", max_steps=4, eval_steps=8, **changes))
+    with pytest.raises(ValueError, match="`output_dir` must be new, got .*with a run at step 4. Add `--resume`"):
+        pretrain(plan(data, tmp_path / "run", max_steps=8, **changes))
+    stop_at(monkeypatch, 2)
+    result, said = run(plan(data, tmp_path / "run", max_steps=8, eval_steps=8, **changes), resume=True)
+    assert not result["finished"] and "This run was of 4 steps and is of 8 now: the learning rate follows" in said
+    # The evaluation of the shorter run does not say that the longer one is over.
+    assert not (tmp_path / "run" / "validation.json").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(pretrain_module, "draw_reconstruction", lambda *arguments: arguments[-1])
+    result, said = run(plan(data, tmp_path / "run", max_steps=8, eval_steps=8, **changes), resume=True)
+    assert result["finished"] and "This run was of" not in said and (tmp_path / "run" / "validation.json").exists()
+    ours, theirs = (
+        load_file(find_checkpoints(tmp_path / name)[0].path / "model.safetensors") for name in ("run", "whole")
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_resuming_where_there_is_nothing_begins(alone, tmp_path):
     result, _ = run(quick(alone, tmp_path / "run", max_steps=2), resume=True)
     assert result["step"] == 2
@@ -666,6 +701,23 @@ def test_a_damaged_row_counts_once_however_often_it_comes(tmp_path):
     result, _ = run(quick(folder, tmp_path / "run", batch_sizes={"aerial": 8}, max_steps=6, max_bad=1))
     assert result["finished"]
     assert len(json.loads((find_checkpoints(tmp_path / "run")[0].path / "state.json").read_text())["bad"]) == 1
+
+
+def test_damaged_rows_of_the_validation_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain_module, "draw_reconstruction", lambda *arguments: arguments[-1])
+    folder = write_aerial(tmp_path, val=4)
+    # The first is the one that pictures over time show.
+    damage(folder, [0, 2], "val")
+    changes = {"batch_sizes": {"aerial": 2}, "max_steps": 4, "save_steps": 4, "eval_steps": 2}
+    result, _ = run(plan(folder, tmp_path / "run", **changes))
+    assert result["finished"] and [row["crops"] for row in result["reconstruction"]] == [2]
+    state = json.loads((find_checkpoints(tmp_path / "run")[0].path / "state.json").read_text())
+    assert [where for where, _ in state["bad"]] == ["aerial val[0]", "aerial val[2]"]
+    with pytest.raises(RuntimeError, match=r"`max_bad` allows 1 damaged rows, got 2; the last is aerial val\[2\]"):
+        pretrain(plan(folder, tmp_path / "strict", max_bad=1, **changes))
+    damage(folder, [1, 3], "val")
+    result, _ = run(plan(folder, tmp_path / "none", **changes))
+    assert result["finished"] and result["reconstruction"] == []
 
 
 def test_a_damaged_row_is_told(tmp_path, capsys):
@@ -879,7 +931,13 @@ def test_a_rehearsal_says_what_a_run_takes_and_leaves_nothing(data, tmp_path, ca
     assert re.search(r"steps +60, 4 per pass over the longest source", said)
     assert re.search(r"images +8 per step \(every sensor counts\), 480 in all", said)
     model = msgfm_hf.MsGFMForPreTraining(plan(data, tmp_path).model_config(*_sensors_of(data)))
-    assert f"parameters   {msgfm_hf.count_parameters(model).total:,}" in said
+    total = msgfm_hf.count_parameters(model).total
+    assert f"parameters   {total:,}" in said
+    # Weights, gradients and two moments, in float32.
+    states, peak = map(
+        float, re.search(r"memory +(\S+) GiB for weights.*; (\S+) GiB at most in this process", said).groups()
+    )
+    assert states == pytest.approx(total * 16 / 2**30, abs=0.005) and peak > states + 0.1
     seconds, hours = (float(re.search(pattern, said)[1]) for pattern in (r"one step +(\S+) s", r"whole run +(\S+) h"))
     assert hours == pytest.approx(seconds * 60 / 3600, rel=0.02)
 

@@ -222,6 +222,7 @@ def test_shards_of_the_model_equal_replicas(ranks, data, undisturbed, tmp_path):
     out = tmp_path / "run"
     results = pretrain(ranks, data, out, fsdp=True)
     assert [result["code"] for result in results] == [0, 0], results[0]["said"]
+    assert results[0]["kinds"] == ["DTensor"] and undisturbed[1][0]["kinds"] == ["Parameter"]
     ours, theirs = losses(out), losses(undisturbed[0])
     for step, line in ours.items():
         assert line["loss"] == pytest.approx(theirs[step]["loss"], abs=1e-6)
@@ -231,10 +232,11 @@ def test_shards_of_the_model_equal_replicas(ranks, data, undisturbed, tmp_path):
     assert config["architectures"] == ["MsGFMForPreTraining"]
 
 
-def test_shards_and_replicas_go_on_with_each_others_checkpoints(ranks, data, undisturbed, tmp_path):
+@pytest.mark.parametrize("before", [True, False])
+def test_shards_and_replicas_go_on_with_each_others_checkpoints(ranks, data, undisturbed, tmp_path, before):
     out = tmp_path / "run"
-    pretrain(ranks, data, out, fsdp=True, die=(1, "step", 7))
-    results = pretrain(ranks, data, out, "--resume", fsdp=False)
+    pretrain(ranks, data, out, fsdp=before, die=(1, "step", 7))
+    results = pretrain(ranks, data, out, "--resume", fsdp=not before)
     assert [result["code"] for result in results] == [0, 0], results[0]["said"]
     assert losses(out)[STEPS]["loss"] == pytest.approx(losses(undisturbed[0])[STEPS]["loss"], abs=1e-5)
 
@@ -247,7 +249,10 @@ def test_chance_capacity_experts_and_evaluation_agree_between_ranks(ranks, tmp_p
     changes = {"calm": False, "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "max_steps": 6}
     changes |= {"batch_sizes": {"aerial": 2}, "eval_steps": 3, "mixed_precision": "bf16", "fsdp": fsdp}
     results = pretrain(ranks, tmp_path / "data", whole, **changes)
-    assert results[0]["weights"] == results[1]["weights"], results[0]["said"]
+    assert [result["code"] for result in results] == [0, 0], results[0]["said"]
+    # Replicas are equal, shards are parts.
+    assert (results[0]["weights"] == results[1]["weights"]) != fsdp
+    assert results[0]["kinds"] == (["DTensor"] if fsdp else ["Parameter"])
     pretrain(ranks, tmp_path / "data", cut, die=(0, "step", 6), **changes)
     pretrain(ranks, tmp_path / "data", cut, "--resume", **changes)
     assert_same(cut, whole, 6)

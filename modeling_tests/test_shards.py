@@ -453,7 +453,10 @@ def test_leftovers_of_killed_writers_are_removed(tmp_path, dead):
     for name in (f".photos-{dead}", f".photos-2-{dead}", f".photos-{alive}"):
         (tmp_path / f"{name}.partial").mkdir()
         (tmp_path / f"{name}.partial" / "train-00000.parquet").touch()
-    write_rgb(tmp_path, 2)
+    (tmp_path / f".photos-{dead}.scratch").mkdir()
+    with ShardWriter(tmp_path, "photos", ["rgb"]) as writer:
+        (writer.make_scratch() / "large").touch()
+        writer.write(rgb_row(0))
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == sorted([f".photos-2-{dead}.partial", f".photos-{alive}.partial", "photos"])
 

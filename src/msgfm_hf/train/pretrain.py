@@ -832,6 +832,9 @@ class _Run:
         """The same crops at every evaluation; `msgfm report` shows them side by side."""
         if self.first_crops is None:
             self.first_crops = self._masked_crops(self.model, 1)
+        sources = [source for source in self.mixture.validation if self.first_crops[source.name]]
+        if not sources:
+            return
         path = None
         if self.accelerator.is_main_process:
             path = self.run_dir / "reconstructions" / f"step-{self.step:08d}.png"
@@ -841,7 +844,7 @@ class _Run:
             draw_progress(
                 self.model,
                 self.processor,
-                [source for source in self.mixture.validation if self.first_crops[source.name]],
+                sources,
                 self.first_crops,
                 self.recipe.cross_loss_region,
                 f"{self.recipe.name}, step {self.step}. Grey: hidden, invalid or not trained.",
@@ -911,6 +914,8 @@ class _Run:
     def _draw(self, model: MsGFMForPreTraining) -> list[Path]:
         recipe, crops = self.recipe, self._masked_crops(model, self.recipe.eval_max_crops)
         sources = [source for source in self.mixture.validation if crops[source.name]]
+        if not sources:
+            return []
         with self.accelerator.autocast():
             reconstruction = draw_reconstruction(
                 model, self.processor, sources, crops, recipe.cross_loss_region, self.run_dir / "reconstruction.png"
