@@ -41,7 +41,7 @@ class Ranks:
 
         Returns:
             per process {"code": exit code (-9 if killed), "said": text, "weights": SHA-256 of the weights that this
-            process holds at the end, "kinds": types of its parameters, "unused": whether its DDP looks for unused ones}.
+            process holds at the end, "kinds": their types, "unused": whether its DDP looks for unused parameters}.
         """
         log.mkdir(parents=True, exist_ok=True)
         job = {"log": str(log), "argv": list(arguments), "world": world, "die": die, "spoil": spoil}
