@@ -34,7 +34,7 @@ class Ranks:
 
         Args:
             log: a folder; each process writes what it says to `rank-N.txt` there.
-            arguments: of pretrain.py.
+            arguments: of pretrain.py; %RANK% in them is the number of the process.
             world: how many.
             die: (rank, "step" or "save", n): this process is killed at its n-th step or save.
             spoil: (rank, n): a weight's gradient is not a number in the n-th backward pass of this process.
@@ -131,7 +131,7 @@ def _pretrain(job: dict, rank: int) -> int:
         setattr(room, name, _die(getattr(room, name), number))
     code = 0
     try:
-        room.main(job["argv"])
+        room.main([word.replace("%RANK%", str(rank)) for word in job["argv"]])
     except SystemExit as end:
         code = end.code or 0
     if "model" in made and code == 0:

@@ -389,6 +389,12 @@ def test_blocks_that_keep_no_neighbours_together_are_remarked(strip):
     assert not any("! split" in line for line in large)
 
 
+def test_a_chip_that_lies_nowhere_is_named(strip):
+    chip(strip / "s1/e.tif", 9, origin=(5e8, 5.7e8))
+    with pytest.raises(ValueError, match=r"`centres` must lie on the map .* This is s1/e.tif."):
+        plan("part", "s1=s1/{key}.tif", splits="splits.csv")
+
+
 # The command
 
 

@@ -10,6 +10,7 @@ import rasterio
 
 from geotiff_files import ORIGIN, write_geotiff
 from msgfm_hf.data.geotiff import (
+    corner_distance,
     has_true_metres,
     held_nodata,
     physical_factors,
@@ -288,6 +289,13 @@ def test_grids_are_compared_by_shape_place_and_pixel(tmp_path):
     assert found == [True, False, False, False, False, True]
 
 
+@pytest.mark.parametrize("angle", [0.0, 1e-9, 0.1, 45, 90])
+def test_a_little_rotation_does_not_make_pixels_small(angle):
+    turned = rasterio.Affine.translation(*ORIGIN) @ rasterio.Affine.rotation(angle) @ rasterio.Affine.scale(2, -3)
+    moved = rasterio.Affine.translation(0.1, 0) @ turned
+    assert corner_distance(turned.to_gdal(), (64, 48), moved.to_gdal(), (64, 48)) == pytest.approx(0.05)
+
+
 def test_feet_and_degrees_become_metres(tmp_path):
     feet = read_header(write_geotiff(tmp_path / "a.tif", ramp(1), crs="EPSG:2994", gsd=2.0))
     assert feet.gsd == pytest.approx(0.6096)
@@ -358,3 +366,4 @@ def test_floats_of_sentinel_2_are_told_to_be_reflectance(tmp_path):
     with pytest.raises(ValueError, match="`scale` and `offset_dn` of sensor 's2' must .* add unit=reflectance"):
         read_input(parse_input(f"s2={path}"))
     assert read_input(parse_input(f"s2={path},unit=reflectance")).units == "reflectance"
+    assert read_input(parse_input(f"s2={path},offset=0")).units == "dn"

@@ -336,6 +336,15 @@ def test_words_for_nothing_may_be_classes_and_countries(tmp_path, something):
     assert table.values("cover", ["a", "b"]) == {"a": "crop", "b": something}
 
 
+@pytest.mark.parametrize("kind", [None, "number"])
+def test_among_numbers_words_for_nothing_are_nothing(tmp_path, kind):
+    table = read_key_table(write_table(tmp_path / "t.csv", "key,mass\na,1.5\nb,NA\nc,null\n"), ["a", "b", "c"])
+    labels = TableLabels(table, "mass", ["a", "b", "c"], kind)
+    assert labels.kind == "number" and [labels.has(key) for key in "abc"] == [True, False, False]
+    words = read_key_table(write_table(tmp_path / "w.csv", "key,mass\na,NA\n"), ["a"])
+    assert TableLabels(words, "mass", ["a"]).kind == "class"
+
+
 @pytest.mark.parametrize("nothing", ["nan", "NaN", ""])
 def test_what_numpy_and_spreadsheets_write_for_nothing_is_no_class(tmp_path, nothing):
     path = write_table(tmp_path / "t.csv", f"key,cover\na,crop\nb,{nothing}\n")

@@ -647,9 +647,10 @@ def test_a_tile_fits_into_a_cell(archive):
         stream(archive, tile_size=SIDE + 1).read(0)
 
 
-def test_a_library_that_is_not_there(archive, monkeypatch):
-    monkeypatch.setitem(sys.modules, "rasterio", None)
-    with pytest.raises(ImportError, match=r"`rasterio` is needed .*msgfm_hf\[geo\]"):
+@pytest.mark.parametrize(("library", "extra"), [("datasets", "train"), ("rasterio", "geo")])
+def test_a_library_that_is_not_there(archive, monkeypatch, library, extra):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ImportError, match=rf"`{library}` is needed .*msgfm_hf\[{extra}\]"):
         stream({"s1": archive["s1"]})
 
 

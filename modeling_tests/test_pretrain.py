@@ -35,6 +35,7 @@ from msgfm_hf.model.sensors import SENSORS
 from msgfm_hf.tasks.reconstruction import evaluate_reconstruction, masked_crops, training_statistics
 from msgfm_hf.train import pretrain as pretrain_module
 from msgfm_hf.train.checkpoint import CheckpointError, find_checkpoints
+from msgfm_hf.train.evaluate import evaluate_models
 from msgfm_hf.train.pictures import display_bands, draw_losses, draw_reconstruction, read_metrics
 from msgfm_hf.train.pretrain import Mixture, main, make_missing_data, pretrain
 from msgfm_hf.train.recipe import build_recipe
@@ -270,7 +271,7 @@ def test_the_time_spent_waiting_for_data_is_told(alone, tmp_path, monkeypatch):
 def test_the_run_says_what_made_it(whole):
     out, _, _ = whole
     record = json.loads((out / "run.json").read_text())
-    assert record["identity"]["max_steps"] == STEPS and record["world_size"] == 1
+    assert record["max_steps"] == STEPS and record["world_size"] == 1
     assert record["identity"]["mixed_precision"] == "no"
     assert record["identity"]["sources"]["pairs"] == {
         "rows": 8,
@@ -619,25 +620,31 @@ def test_a_finished_run_stays_finished(alone, tmp_path):
 
 def test_a_finished_run_can_be_made_longer(data, tmp_path, monkeypatch):
     """With a constant learning rate it is the run that was planned so from the beginning."""
+
+    def planned(name, steps):
+        changes = {"batch_sizes": {"aerial": 2}, "lr_milestones": [], "save_steps": 4, "eval_steps": 8}
+        return plan(data, tmp_path / name, max_steps=steps, **changes)
+
     monkeypatch.setattr(pretrain_module, "draw_reconstruction", lambda *arguments: arguments[-1])
-    changes = {"batch_sizes": {"aerial": 2}, "lr_milestones": [], "save_steps": 4}
-    run(plan(data, tmp_path / "whole", max_steps=8, eval_steps=8, **changes))
-    run(plan(data, tmp_path / "run", max_steps=4, eval_steps=8, **changes))
-    with pytest.raises(ValueError, match="`output_dir` must be new, got .*with a run at step 4. Add `--resume`"):
-        pretrain(plan(data, tmp_path / "run", max_steps=8, **changes))
-    stop_at(monkeypatch, 2)
-    result, said = run(plan(data, tmp_path / "run", max_steps=8, eval_steps=8, **changes), resume=True)
+    run(planned("whole", 8))
+    run(planned("run", 4))
+    with pytest.raises(CheckpointError, match="to its end, step 4, got another length: max_steps was 4, is 3; num"):
+        pretrain(planned("run", 3), resume=True)
+    with monkeypatch.context() as stopped:
+        stop_at(stopped, 2)
+        result, said = run(planned("run", 8), resume=True)
     assert not result["finished"] and "This run was of 4 steps and is of 8 now: the learning rate follows" in said
     # The evaluation of the shorter run does not say that the longer one is over.
     assert not (tmp_path / "run" / "validation.json").exists()
-    monkeypatch.undo()
-    monkeypatch.setattr(pretrain_module, "draw_reconstruction", lambda *arguments: arguments[-1])
-    result, said = run(plan(data, tmp_path / "run", max_steps=8, eval_steps=8, **changes), resume=True)
+    for other in (4, 9):
+        with pytest.raises(CheckpointError, match=f"step 8, got another length: max_steps was 8, is {other}"):
+            pretrain(planned("run", other), resume=True)
+    result, said = run(planned("run", 8), resume=True)
     assert result["finished"] and "This run was of" not in said and (tmp_path / "run" / "validation.json").exists()
-    ours, theirs = (
-        load_file(find_checkpoints(tmp_path / name)[0].path / "model.safetensors") for name in ("run", "whole")
-    )
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    ours, theirs = (find_checkpoints(tmp_path / name)[0].path / "model.safetensors" for name in ("run", "whole"))
+    assert ours.read_bytes() == theirs.read_bytes()
+    report = evaluate_models([tmp_path / "run"], [data / "aerial"], mask_seeds=1)
+    assert report["trained"][0]["max_steps"] == 8
 
 
 def test_resuming_where_there_is_nothing_begins(alone, tmp_path):
@@ -703,14 +710,14 @@ def test_a_damaged_row_counts_once_however_often_it_comes(tmp_path):
     assert len(json.loads((find_checkpoints(tmp_path / "run")[0].path / "state.json").read_text())["bad"]) == 1
 
 
-def test_damaged_rows_of_the_validation_are_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain_module, "draw_reconstruction", lambda *arguments: arguments[-1])
+def test_damaged_rows_of_the_validation_are_left_out(tmp_path):
     folder = write_aerial(tmp_path, val=4)
-    # The first is the one that pictures over time show.
+    # The first is the one that pictures over time show, where it is sound.
     damage(folder, [0, 2], "val")
     changes = {"batch_sizes": {"aerial": 2}, "max_steps": 4, "save_steps": 4, "eval_steps": 2}
     result, _ = run(plan(folder, tmp_path / "run", **changes))
     assert result["finished"] and [row["crops"] for row in result["reconstruction"]] == [2]
+    assert len(list((tmp_path / "run" / "reconstructions").iterdir())) == 2
     state = json.loads((find_checkpoints(tmp_path / "run")[0].path / "state.json").read_text())
     assert [where for where, _ in state["bad"]] == ["aerial val[0]", "aerial val[2]"]
     with pytest.raises(RuntimeError, match=r"`max_bad` allows 1 damaged rows, got 2; the last is aerial val\[2\]"):

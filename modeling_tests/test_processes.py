@@ -321,6 +321,23 @@ def losses_so_far(out):
     return losses(out) if (out / "metrics.jsonl").exists() else {}
 
 
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_validation_rows_that_one_rank_cannot_read_are_left_out_by_all(ranks, tmp_path, fsdp):
+    """Each node may have a copy of the shards of its own."""
+    for rank in range(2):
+        write_aerial(tmp_path / f"data-{rank}", train=9, val=3)
+    damage(tmp_path / "data-1" / "aerial", [0, 2], "val")
+    changes = {"batch_sizes": {"aerial": 2}, "max_steps": 4, "eval_steps": 2, "fsdp": fsdp}
+    words = ["--data", str(tmp_path / "data-%RANK%")]
+    results = pretrain(ranks, tmp_path, tmp_path / "run", *words, **changes)
+    assert [result["code"] for result in results] == [0, 0], results[0]["said"]
+    state = json.loads((find_checkpoints(tmp_path / "run")[0].path / "state.json").read_text())
+    assert [where for where, _ in state["bad"]] == ["aerial val[0]", "aerial val[2]"]
+    results = pretrain(ranks, tmp_path, tmp_path / "strict", *words, max_bad=0, **changes)
+    for result in results:
+        assert result["code"] == 1 and "`max_bad` allows 0 damaged rows, got 2" in result["said"]
+
+
 def test_a_rehearsal_of_two_processes_is_told_once(ranks, data, tmp_path):
     first, second = pretrain(ranks, data, tmp_path / "run", "--dry-run")
     assert (first["code"], second["code"]) == (0, 0), first["said"]

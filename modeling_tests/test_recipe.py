@@ -336,6 +336,7 @@ def test_folders_given_by_hand_are_the_mixture(tmp_path, monkeypatch):
         parse("--recipe", "msgfm_base", "--data", "paper/mdas")
     got = parse("--recipe", "msgfm_base", "--data", "paper/mdas", "--batch_sizes", "{mdas: 8}")
     assert (got.batch_sizes, got.learning_rate) == ({"mdas": 8}, base.learning_rate)
+    assert parse("--recipe", "msgfm_base", "--data", "paper", "--batch_sizes", "{mdsa: 8}").batch_sizes == {"mdsa": 8}
     (tmp_path / "mine.yaml").write_text("name: mine\nmax_steps: 3\n")
     assert parse("--recipe", "mine.yaml", "--data", "a").name == "mine"
 

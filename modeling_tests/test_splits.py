@@ -163,6 +163,17 @@ def test_footprints_at_the_antimeridian_do_not_reach_around_the_earth():
     assert [(one.key, other.key) for one, other in overlapping_footprints([fiji, east, africa])] == [("east", "fiji")]
 
 
+def test_degrees_beyond_180_are_where_they_are():
+    beyond = Footprint("beyond", "train", "EPSG:4326", (179.9, -17.1, 180.1, -16.9), 0.001)
+    east = square("east", "val", 182_000, 8_117_800, crs="EPSG:32701")
+    assert [(one.key, other.key) for one, other in overlapping_footprints([beyond, east])] == [("beyond", "east")]
+
+
+def test_coordinates_that_are_no_place():
+    with pytest.raises(ValueError, match="`centres` must lie on the map of their .*, got .* in EPSG:32631"):
+        block_groups([(UTM31, 500_000, 5_649_824.6), (UTM31, 5e8, 5.7e8)], 5000)
+
+
 def test_revisits_of_a_place_count_once():
     places = [square(f"a{date}", "train", 0, 0) for date in range(100)]
     places += [square(f"b{date}", "val", 0, 0) for date in range(100)]

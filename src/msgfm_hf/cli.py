@@ -477,8 +477,7 @@ _DESCRIPTIONS = {
     "    --split-by block:100m --out shards --name village\n"
     "  msgfm shards scenes --input s2=scene.tif,level=l2a,offset=-1000 --gsd 10 --split-by block:10km \\\n"
     "    --labels fields.gpkg --label crop --out shards",
-    "sensors": "What can stand before the = of --input SENSOR=..., and what unit=, level= and bands= can be. A sensor\n"
-    "of your own is added in Python: add_sensor(SensorSpec(...)).\n\n"
+    "sensors": "What can stand before the = of --input SENSOR=..., and what unit=, level= and bands= can be.\n\n"
     "  msgfm sensors                               all of them\n"
     "  msgfm sensors s2                            the bands of Sentinel-2",
     "inspect": "Counts, places, bands, units, sizes, dates and values of shards, and a picture of some rows.\n\n"

@@ -345,7 +345,16 @@ def _name_blocks(rows: list[PlannedRow], size: float):
     for row in rows:
         height, width = row.grid.shape
         centres.append((crs_name(row.grid.crs), *(row.grid.transform @ (width / 2, height / 2))))
-    for row, group in zip(rows, block_groups(centres, size), strict=True):
+    try:
+        groups = block_groups(centres, size)
+    except ValueError:
+        for row, centre in zip(rows, centres, strict=True):
+            try:
+                block_groups([centre], size)
+            except ValueError as error:
+                raise ValueError(f"{error} This is {row.grid.path}.") from error
+        raise
+    for row, group in zip(rows, groups, strict=True):
         row.group_id = group
 
 

@@ -205,7 +205,7 @@ def corner_distance(transform, shape, other_transform, other_shape) -> float:
         The largest distance of a corner from its counterpart, along one axis, in pixels of the first image.
     """
     _, dx, row_rotation, _, column_rotation, dy = transform
-    pixel = min(abs(step) for step in (dx, row_rotation, column_rotation, dy) if step)
+    pixel = min(math.hypot(dx, column_rotation), math.hypot(row_rotation, dy))
     corners, others = _corners(transform, shape), _corners(other_transform, other_shape)
     return float(np.abs(np.subtract(corners, others)).max()) / pixel
 
@@ -369,8 +369,8 @@ def physical_factors(
         offset_dn = known[1] if header.offsets is None else _shared("offset", header.offsets, used, header) / scale
     if scale is None or offset_dn is None:
         remedy = (
-            "Floats are no digital numbers: on the command line add unit=reflectance to the input, for values from 0 "
-            "to 1."
+            "Floats from 0 to 1 are reflectance: on the command line add unit=reflectance to the input. Digital "
+            "numbers as floats need offset=0 or offset=-1000, like others."
             if header.dtype.startswith("float")
             else "For Sentinel-2 the offset is 0, or -1000 since processing baseline 04.00: see the metadata; on the "
             "command line add offset=0 or offset=-1000 to the input."

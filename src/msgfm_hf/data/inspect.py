@@ -321,9 +321,13 @@ def _offset_remark(sensor: str, images: list[ShardImage]) -> list[str]:
     spec = SENSORS.get(sensor)
     if spec is None or spec.offset is not None:
         return []
-    images = [image for image in images if image.units == "dn" and image.valid_mask().any()]
-    values = [image.pixels[:, image.valid_mask()].astype(np.float64) + image.offset_dn for image in images]
-    zero = [values for values, image in zip(values, images, strict=True) if image.offset == 0]
+    values, zero = [], []
+    for image in images:
+        # Zero in all bands is no ground, whether the file declares it or not.
+        seen = image.valid_mask() & image.pixels.any(0)
+        if image.units == "dn" and seen.any():
+            values.append(image.pixels[:, seen].astype(np.float64) + image.offset_dn)
+            zero += [values[-1]] if image.offset == 0 else []
     if zero and min(map(np.min, zero)) >= _BASELINE_DN:
         return [
             f"    ! no value below {_BASELINE_DN} with offset 0: products since processing baseline 04.00 carry "

@@ -135,8 +135,10 @@ def _key_hint(keys: set[str], lines: list[dict[str, str]]) -> str:
     return f"Add a column `key`: {found[0]!r} has names of files, such as {found[1]!r}, where keys have no ending."
 
 
-# How numpy writes that there is nothing. NA is Namibia too, and none a class.
+# How numpy and spreadsheets write that there is nothing.
 _NO_VALUE = ("", "nan")
+# Others write so, but NA is Namibia too, and none a class: among numbers alone it is clear.
+_NO_NUMBER = ("na", "n/a", "none", "null")
 
 
 class TableLabels:
@@ -164,6 +166,10 @@ class TableLabels:
                 "with none. Name another column."
             )
         numbers = {key: _number(text) for key, text in self.values.items()}
+        blank = [key for key, text in self.values.items() if text.lower() in _NO_NUMBER]
+        if kind != "list" and kind != "class" and all(numbers[key] is not None for key in set(numbers) - set(blank)):
+            self.values = {key: text for key, text in self.values.items() if key not in blank} or self.values
+            numbers = {key: numbers[key] for key in self.values}
         if kind is None:
             listed = any(mark in text for text in self.values.values() for mark in _LIST_MARKS)
             kind = "list" if listed else "class" if None in numbers.values() else "number"

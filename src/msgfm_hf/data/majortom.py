@@ -631,8 +631,12 @@ class _Stream:
         self.seek(None)
 
     def _open(self, columns: list[str] | None = None):
-        import datasets  # slow to import, and needed by streams alone
-
+        try:
+            import datasets  # slow to import, and needed by streams alone
+        except ImportError as error:
+            raise ImportError(
+                f'`datasets` is needed to stream Major-TOM, got "{error}". Run pip install "msgfm_hf[train]".'
+            ) from error
         files = _data_files(self.path)
         try:
             # Without `columns` a row would be fetched with its previews and masks.

@@ -200,13 +200,16 @@ class EvaluationCrops(Dataset):
         source (`ShardSource`): the source.
         image_size (`int`): the side of the crops in pixels.
         max_crops (`int`, *optional*): at most this many, spread evenly over the source and not its first rows.
+        rows (`Sequence[int]`, *optional*): ascending numbers of the rows to cut; default all.
     """
 
-    def __init__(self, source: ShardSource, image_size: int, max_crops: int | None = None):
+    def __init__(
+        self, source: ShardSource, image_size: int, max_crops: int | None = None, rows: Sequence[int] | None = None
+    ):
         self.source, self.image_size = source, image_size
         # A source of millions of rows is not read through for a few crops.
-        rows = _spread(range(len(source)), max_crops)
-        self.ids = _spread(
+        rows = spread(range(len(source)) if rows is None else rows, max_crops)
+        self.ids = spread(
             [
                 (number, top, left)
                 for number, row in zip(rows, source.read_metadata(rows), strict=True)
@@ -234,7 +237,7 @@ class EvaluationCrops(Dataset):
         }
 
 
-def _spread(members: Sequence, count: int | None) -> Sequence:
+def spread(members: Sequence, count: int | None) -> Sequence:
     """At most so many members, evenly spaced, the first and the last among them."""
     if count is None or len(members) <= count:
         return members

@@ -193,13 +193,22 @@ def block_groups(centres: list[tuple[str, float, float]], size: float) -> list[s
 
     Returns:
         A name per point.
+
+    Raises:
+        ValueError: for coordinates that are no place.
     """
     transform = geo_module("rasterio.warp").transform
     names = [""] * len(centres)
     height = math.degrees(size / EARTH_RADIUS)
     for crs in dict.fromkeys(crs for crs, _, _ in centres):
         numbers = [number for number, centre in enumerate(centres) if centre[0] == crs]
-        found = transform(crs, "EPSG:4326", [centres[n][1] for n in numbers], [centres[n][2] for n in numbers])
+        try:
+            found = transform(crs, "EPSG:4326", [centres[n][1] for n in numbers], [centres[n][2] for n in numbers])
+        except Exception as error:  # GDAL's errors have no public name
+            raise ValueError(
+                f"`centres` must lie on the map of their coordinate system, got {error} in {crs[:40]}. Look at the "
+                "georeferencing."
+            ) from error
         for number, longitude, latitude in zip(numbers, *found, strict=True):
             row = math.floor(latitude / height)
             width = height / math.cos(math.radians(max(-89.0, min(89.0, (row + 0.5) * height))))
@@ -227,7 +236,7 @@ def overlapping_footprints(footprints: list[Footprint]) -> list[tuple[Footprint,
             given = shapely.geometry.mapping(shape)
             # Cut where degrees jump from 180 to -180: else such a shape would reach around the Earth.
             moved = warp.transform_geom(place.crs, "EPSG:4326", given, antimeridian_cutting=True)
-            shape = shapely.geometry.shape(moved)
+            shape = _around_the_earth(shapely, shapely.geometry.shape(moved))
         shapes.append(shape)
     of_split = {
         split: [number for number, place in enumerate(unique) if place.split == split]
@@ -270,6 +279,13 @@ def describe_counts(
             names = ", ".join(classes[name] if classes else str(name) for name in absent)
             lines += [f"! train has no {names}, which {split} has"] if absent else []
     return lines
+
+
+def _around_the_earth(shapely, shape):
+    """A shape in degrees, of which what lies beyond 180 is where it is called -180, and the reverse."""
+    beyond = [shapely.affinity.translate(shape, xoff=turn) for turn in (-360, 360)]
+    whole = shapely.box(-180, -90, 180, 90)
+    return shapely.union_all([part.intersection(whole) for part in (shape, *beyond)])
 
 
 def _hash(group: str, seed: int) -> bytes:

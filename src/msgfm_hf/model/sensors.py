@@ -369,7 +369,7 @@ def get_sensor(sensor: str, sensors: dict[str, dict] | None = None) -> SensorSpe
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
             f"`sensor` must be one of {', '.join(sorted(known))}, got {sensor!r}.{hint} "
-            "`msgfm sensors` lists them; add one of your own with `add_sensor(SensorSpec(...))`."
+            "`msgfm sensors` lists them; a model and its processor learn others by `add_sensor(SensorSpec(...))`."
         )
     spec = known[sensor]
     return spec if isinstance(spec, SensorSpec) else SensorSpec.from_dict(spec)

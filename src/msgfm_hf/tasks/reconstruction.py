@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from msgfm_hf.data.batch import collate, normalise, rotations, sample_masks
-from msgfm_hf.data.mixture import EvaluationCrops
-from msgfm_hf.data.shards import CorruptShardError, ShardSource
+from msgfm_hf.data.mixture import EvaluationCrops, spread
+from msgfm_hf.data.shards import ROW_GROUP_SIZE, CorruptShardError, ShardSource
 from msgfm_hf.model.image_processing_msgfm import MsGFMImageProcessor
 from msgfm_hf.model.masking import loss_pixels
 from msgfm_hf.model.modeling_msgfm import MsGFMForPreTraining
@@ -47,7 +47,10 @@ def training_statistics(
         ValueError: if no pixel is valid in all sensors of the source.
     """
     pixels: dict[str, list[torch.Tensor]] = defaultdict(list)
-    crops = EvaluationCrops(source, image_size, max_crops)
+    # A row group is read as a whole: all its rows are taken.
+    groups = spread(source.row_groups, -(-max_crops // ROW_GROUP_SIZE))
+    rows = [row for _, _, first, count in groups for row in range(first, first + count)]
+    crops = EvaluationCrops(source, image_size, max_crops, rows)
     share = _FIT_PIXELS / (len(crops) * image_size**2)
     for index in range(len(crops)):
         try:
@@ -136,20 +139,18 @@ def masked_crops(
     seed: int,
     max_crops: int | None,
     batch_size: int,
-    damaged: list[tuple[str, str]] | None = None,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[MaskedCrops]:
-    """The crops of a source with masks that depend on the seed and the crop alone.
-
-    Args:
-        damaged: a list to which damaged rows are added, name and reason, and whose crops are left out; without one
-            they raise.
+    """The crops of a source, or of some of its rows, with masks that depend on the seed and the crop alone.
 
     Raises:
-        CorruptShardError: at a damaged row, without `damaged`.
+        CorruptShardError: at a damaged row.
     """
     config, device = model.config, model.device
-    crops = EvaluationCrops(source, config.image_size, max_crops)
-    for part, pixel_values, valid_mask in _normalised(crops, source, processor, batch_size, device, damaged):
+    crops = EvaluationCrops(source, config.image_size, max_crops, rows)
+    for first in range(0, len(crops), batch_size):
+        part = collate([crops[n] for n in range(first, min(first + batch_size, len(crops)))])["sources"][0]
+        pixel_values, valid_mask = normalise(part["images"], source, processor, device)
         masks = {
             sensor: sample_masks(
                 part["positions"], source.name, sensor, config, mask_ratio, seed, config.image_size
@@ -159,19 +160,25 @@ def masked_crops(
         yield MaskedCrops(part["group_ids"], part["keys"], pixel_values, valid_mask, masks, config.patch_size)
 
 
-def _normalised(crops: EvaluationCrops, source, processor, batch_size: int, device: torch.device, damaged):
-    for first in range(0, len(crops), batch_size):
-        samples = []
-        for number in range(first, min(first + batch_size, len(crops))):
+def find_damaged(source: ShardSource, image_size: int, max_crops: int | None = None) -> dict[int, str]:
+    """{row: what is wrong}, of the rows of the crops that an evaluation takes.
+
+    Where one is left out another takes its place, which is looked at too.
+
+    Raises:
+        CorruptShardError: if the rows cannot even be listed.
+    """
+    damaged: dict[int, str] = {}
+    while True:
+        rows = [row for row in range(len(source)) if row not in damaged] if damaged else None
+        before = len(damaged)
+        for row in dict.fromkeys(row for row, _, _ in EvaluationCrops(source, image_size, max_crops, rows).ids):
             try:
-                samples.append(crops[number])
+                source.read(row, verify=True)
             except CorruptShardError as error:
-                if damaged is None:
-                    raise
-                damaged.append((f"{source.name} {source.split}[{crops.ids[number][0]}]", str(error)))
-        if samples:
-            part = collate(samples)["sources"][0]
-            yield part, *normalise(part["images"], source, processor, device)
+                damaged[row] = str(error)
+        if len(damaged) == before:
+            return damaged
 
 
 def directions(sensors: Iterable[str]) -> list[tuple[str, str]]:
@@ -252,7 +259,7 @@ def evaluate_reconstruction(
     batch_size: int = 16,
     with_baselines: bool = True,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
-    damaged: list[tuple[str, str]] | None = None,
+    rows: dict[str, Sequence[int]] | None = None,
 ) -> list[dict]:
     """Masked L1 of every sensor and crossing of every source, beside the baselines on the same masks.
 
@@ -265,8 +272,7 @@ def evaluate_reconstruction(
         max_crops: at most this many crops of each source, spread evenly; `None` for all.
         with_baselines: whether to compute all baselines, or the band mean alone.
         autocast: makes the context in which the model runs.
-        damaged: a list to which damaged rows are added, name and reason; they are left out. Without one they raise:
-            numbers to be compared must not depend on what could be read.
+        rows: {source name: ascending numbers of the rows to take}; default all.
 
     Returns:
         one dictionary per source and direction: `source, input, target, crops` (n), `places` (their number), `l1`,
@@ -274,15 +280,15 @@ def evaluate_reconstruction(
         source without a whole crop has none.
 
     Raises:
-        CorruptShardError: at a damaged row, without `damaged`.
+        CorruptShardError: at a damaged row: numbers to be compared must not depend on what could be read.
     """
     was_training = model.training
     model.eval()
     results = []
     for source in sources:
-        known = statistics[source.name]
+        known, chosen = statistics[source.name], (rows or {}).get(source.name)
         sums = {way: defaultdict(lambda: defaultdict(float)) for way in directions(source.sensors)}
-        for crops in masked_crops(source, processor, model, mask_ratio, seed, max_crops, batch_size, damaged):
+        for crops in masked_crops(source, processor, model, mask_ratio, seed, max_crops, batch_size, chosen):
             with autocast():
                 predictions = predict_directions(model, crops, source)
             for (sensor, target), places in sums.items():

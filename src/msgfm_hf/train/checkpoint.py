@@ -190,6 +190,12 @@ def run_record(folder: Path) -> dict | None:
     return json.loads((run / "run.json").read_text()) if (run / "run.json").is_file() else None
 
 
+def planned_steps(record: dict) -> int:
+    """The steps of the whole run, of `run.json`, as planned when it was last started; 0 where that does not say."""
+    started = (record.get("resumed") or [record])[-1]
+    return started.get("max_steps") or max(record["recipe"].get("max_steps", 0), 0)
+
+
 def save_checkpoint(
     run_dir: Path,
     model: MsGFMForPreTraining,

@@ -12,7 +12,7 @@ from msgfm_hf.data.shards import ShardSource, find_sources, shard_splits
 from msgfm_hf.model.image_processing_msgfm import MsGFMImageProcessor
 from msgfm_hf.model.modeling_msgfm import MsGFMForPreTraining
 from msgfm_hf.tasks.reconstruction import evaluate_reconstruction, masked_crops, training_statistics
-from msgfm_hf.train.checkpoint import run_record, write_text
+from msgfm_hf.train.checkpoint import planned_steps, run_record, write_text
 from msgfm_hf.train.pictures import draw_reconstruction, read_metrics
 from msgfm_hf.train.pretrain import source_commit
 
@@ -158,7 +158,7 @@ def _trained(folder: Path) -> dict | None:
         step = min(scores, key=scores.get) if scores else None
     return {
         "seed": identity["seed"],
-        "max_steps": identity["max_steps"],
+        "max_steps": planned_steps(record),
         "step": step,
         # A run keeps its best model by the validation split: on that split, its figures are a little too good.
         "chosen_by_validation": not is_checkpoint,

@@ -123,7 +123,7 @@ def draw_reconstruction(
             for source in sources
         }
         for row, (source, sensor, target) in zip(axes, ways, strict=True):
-            gsd = source.read(0)["images"][target].gsd
+            gsd = source.read_metadata([0])[0]["images"][target]["gsd"]
             predictions = [found[sensor, target] for found in predicted[source.name]]
             errors = []
             for batch, prediction in zip(crops[source.name], predictions, strict=True):
@@ -185,7 +185,7 @@ def draw_progress(
             counted = counted_pixels(batch, sensor, target)[0]
             error = (prediction - batch.pixel_values[target][0]).abs().mean(0)
             mean = torch.where(counted, error, 0).sum() / counted.sum().clamp(min=1)
-            gsd = source.read(0)["images"][target].gsd
+            gsd = source.read_metadata([0])[0]["images"][target]["gsd"]
             _draw_one(
                 row, processor, source, batch, 0, prediction, sensor, target, cross_loss_region, gsd, f"{mean:.2f} σ"
             )

@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 import zlib
 from importlib import metadata
 from pathlib import Path
@@ -40,8 +41,14 @@ from msgfm_hf.data.shards import ShardSource, find_sources, shard_splits
 from msgfm_hf.model.image_processing_msgfm import MsGFMImageProcessor
 from msgfm_hf.model.modeling_msgfm import MsGFMForPreTraining, count_parameters, routing_statistics
 from msgfm_hf.model.sensors import get_sensor
-from msgfm_hf.tasks.reconstruction import evaluate_reconstruction, masked_crops, training_statistics
+from msgfm_hf.tasks.reconstruction import (
+    evaluate_reconstruction,
+    find_damaged,
+    masked_crops,
+    training_statistics,
+)
 from msgfm_hf.train.checkpoint import (
+    CheckpointError,
     checkpoint_errors,
     find_checkpoints,
     load_checkpoint,
@@ -70,8 +77,6 @@ _DEFAULT_BATCH_SIZE = 16
 # Steps whose median says what a usual loss is.
 _USUAL_STEPS = 100
 _REHEARSED_STEPS = 4
-# Of a source, for the band means that validation is compared with.
-_MEASURED_CROPS = 128
 # The same Ctrl-C may reach a process twice, from the terminal and from the launcher.
 _IMPATIENT_SECONDS = 2.0
 
@@ -343,12 +348,7 @@ class _Run:
                 stream.load_state_dict(places[stream.name])
             for name, value in loaded[0].items():
                 setattr(self, name, value)
-            again = self._plan(self.planned["turns"] // self.planned["steps"])
-            if self.planned["asked"] != again["asked"]:
-                if self.accelerator.is_main_process:
-                    was, now = self.planned["steps"], again["steps"]
-                    print(f"This run was of {was} steps and is of {now} now: the learning rate follows the new length.")
-                self.planned = again
+            self._plan_again()
         left = math.ceil(max(self.planned["turns"] - self.turn, 0) / self.turns_per_step)
         self.max_steps = self.step + left
         identity = zlib.crc32(json.dumps(self.made_by["identity"], sort_keys=True).encode())
@@ -375,6 +375,8 @@ class _Run:
             # Every state of the bar stays in a log file.
             mininterval=0.1 if sys.stderr.isatty() else 10,
         )
+        # All processes evaluate the same rows, in the same number of steps.
+        self.sound_rows = self._sound_rows(recipe.eval_max_crops)
 
     def _epoch(self, turns_per_step: int) -> int:
         rows = [len(source) for source in self.mixture.sources]
@@ -388,6 +390,22 @@ class _Run:
             steps = max(1, round(asked["num_train_epochs"] * self._epoch(turns_per_step)))
         return {"asked": asked, "steps": steps, "turns": steps * turns_per_step}
 
+    def _plan_again(self):
+        """Keep to the plan of the run that goes on, or make one that is over longer."""
+        was, now = self.planned, self._plan(self.planned["turns"] // self.planned["steps"])
+        if was["asked"] == now["asked"]:
+            return
+        if self.turn < was["turns"] or now["turns"] <= was["turns"]:
+            told = "; ".join(f"{name} was {was['asked'][name]}, is {now['asked'][name]}" for name in now["asked"])
+            raise CheckpointError(
+                f"`resume` must go on with the run in {str(self.run_dir)!r} to its end, step {was['steps']}, got "
+                f"another length: {told}. Give the same; a run that is over can be made longer."
+            )
+        self.planned = now
+        if self.accelerator.is_main_process:
+            told = f"This run was of {was['steps']} steps and is of {now['steps']} now"
+            print(f"{told}: the learning rate follows the new length.")
+
     def _load(self) -> tuple[dict, dict] | None:
         """The newest whole checkpoint, as the main process finds it: what one process cannot read, none may use."""
         if self.accelerator.is_main_process:
@@ -398,10 +416,10 @@ class _Run:
         return loaded
 
     def _training_statistics(self) -> dict:
-        """What validation is compared with; a crop costs the reading of a row group."""
+        """What validation is compared with."""
         validated = {source.name for source in self.mixture.validation}
         return {
-            source.name: training_statistics(source, self.processor, self.config.image_size, max_crops=_MEASURED_CROPS)
+            source.name: training_statistics(source, self.processor, self.config.image_size)
             for source in self.mixture.sources
             if source.name in validated
         }
@@ -786,10 +804,28 @@ class _Run:
                 line = {"step": self.step, "keys": keys}
                 _append(folder / f"rank-{self.accelerator.process_index:05d}.jsonl", line)
 
-    def _evaluate(self, model: MsGFMForPreTraining, max_crops: int | None) -> tuple[list[dict], list[tuple[str, str]]]:
-        """What `evaluate_reconstruction` finds, and the damaged rows that were left out."""
-        damaged: list[tuple[str, str]] = []
-        rows = evaluate_reconstruction(
+    def _sound_rows(self, max_crops: int | None, alone: bool = False) -> dict[str, list[int]]:
+        """The rows of the validation without those that this process, or without `alone` any, cannot read."""
+        damage = [
+            (source.name, row, reason)
+            for source in self.mixture.validation
+            for row, reason in find_damaged(source, self.config.image_size, max_crops).items()
+        ]
+        damage = damage if alone else gathered(self.accelerator, damage)
+        named = [(f"{name} val[{row}]", reason) for name, row, reason in damage]
+        if alone:
+            self._tell_damage(named)
+        else:
+            self._note_damage(named)
+        gone = {(name, row) for name, row, _ in damage}
+        return {
+            source.name: [row for row in range(len(source)) if (source.name, row) not in gone]
+            for source in self.mixture.validation
+            if any(name == source.name for name, _ in gone)
+        }
+
+    def _evaluate(self, model: MsGFMForPreTraining, max_crops: int | None) -> list[dict]:
+        return evaluate_reconstruction(
             model,
             self.processor,
             self.mixture.validation,
@@ -799,14 +835,12 @@ class _Run:
             max_crops,
             with_baselines=False,
             autocast=self.accelerator.autocast,
-            damaged=damaged,
+            rows=self.sound_rows,
         )
-        return rows, damaged
 
     def _validate(self):
         """Evaluate, and keep the model if it is the best so far."""
-        rows, damaged = self._evaluate(self.model, self.recipe.eval_max_crops)
-        self._note_damage(damaged)
+        rows = self._evaluate(self.model, self.recipe.eval_max_crops)
         ratios = [ratio for ratio in map(_ratio, rows) if ratio is not None]
         # Where nothing can be compared, the newest model is the best.
         score = sum(ratios) / len(ratios) if ratios else -self.step
@@ -815,6 +849,8 @@ class _Run:
             total(self.accelerator, torch.tensor(score, dtype=torch.float64)).item() / self.accelerator.num_processes
         )
         better = self.best is None or score < self.best["score"] or not math.isfinite(self.best["score"])
+        # Where nothing can be compared any more, what was compared stays.
+        better = better and (bool(ratios) or self.best is None or self.best["score"] < 0)
         if better:
             self.best = {"score": score, "step": self.step}
             weights = full_weights(self.model)
@@ -856,7 +892,16 @@ class _Run:
         recipe = self.recipe
         return {
             source.name: list(
-                masked_crops(source, self.processor, model, recipe.mask_ratio, recipe.seed, max_crops, 16, [])
+                masked_crops(
+                    source,
+                    self.processor,
+                    model,
+                    recipe.mask_ratio,
+                    recipe.seed,
+                    max_crops,
+                    16,
+                    self.sound_rows.get(source.name),
+                )
             )
             for source in self.mixture.validation
         }
@@ -888,8 +933,8 @@ class _Run:
         rows = []
         model = MsGFMForPreTraining.from_pretrained(self.run_dir).to(self.accelerator.device)
         if self.mixture.validation and self.finished:
-            rows, damaged = self._evaluate(model, None)
-            self._tell_damage(damaged)
+            self.sound_rows = self._sound_rows(None, alone=True)
+            rows = self._evaluate(model, None)
             write_text(self.run_dir / "validation.json", json.dumps(rows, indent=2))
         with checkpoint_errors(self.run_dir):
             pictures = [draw_losses(self.run_dir / "metrics.jsonl", self.run_dir / "losses.png")]
@@ -1091,6 +1136,8 @@ def main(argv: list[str] | None = None):
         else:
             pretrain(recipe, resume=arguments.resume)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
+        # Ends the line of a progress bar that is still open: the frames of the error hold it.
+        traceback.clear_frames(error.__traceback__)
         parser.exit(1, f"pretrain.py: {error}\n")
 
 

@@ -330,7 +330,7 @@ def recipe_from_arguments(arguments: argparse.Namespace) -> Recipe:
     recipe = load_recipe(arguments.recipe, {"make_data": "none", **given})
     there = {Path(folder).name for data in recipe.data for folder in find_sources(data)}
     missing = sorted(set(recipe.batch_sizes) - there - set(recipe.streams))
-    if not missing:
+    if not missing or ("batch_sizes" in given and arguments.recipe != "quickstart"):
         return recipe
     if arguments.recipe != "quickstart":
         raise ValueError(

@@ -191,7 +191,7 @@ def reconstruct(
                     f"`mask_ratio` must be above 0 where there is nothing to cross to, got {mask_ratio} for sensor "
                     f"{', '.join(place.images)} alone. Mask something, or give a partner."
                 )
-            found = [_describe(prediction, processor, record) for prediction in predictions]
+            found = [_describe(prediction, processor, record, normalised.decoding) for prediction in predictions]
             for prediction, entry in zip(predictions, found, strict=True):
                 file = folder / f"{prediction.sensor}_to_{prediction.target}.tif"
                 entry["file"] = file.relative_to(temporary).as_posix()
@@ -441,7 +441,7 @@ def _decode(
     return processor.inverse_radiometry(values[None].cpu(), valid[None].cpu(), sensor, unit=unit, **decoding)[0].numpy()
 
 
-def _describe(found: _Prediction, processor: MsGFMImageProcessor, record: dict | None) -> dict:
+def _describe(found: _Prediction, processor: MsGFMImageProcessor, record: dict | None, given: dict[str, dict]) -> dict:
     """The numbers of one direction."""
     spec = get_sensor(found.target, processor.sensors)
     entry = {
@@ -452,7 +452,7 @@ def _describe(found: _Prediction, processor: MsGFMImageProcessor, record: dict |
         "level": found.decoding["level"],
         "reference": None if found.decoding["reference"] is None else found.decoding["reference"].item(),
         "unit": UNIT_NAMES[spec.unit],
-        "remarks": _remarks(found, record),
+        "remarks": _remarks(found, record, given),
         "errors": {},
     }
     for region, counted in found.counted.items():
@@ -486,19 +486,20 @@ def _describe(found: _Prediction, processor: MsGFMImageProcessor, record: dict |
     return entry
 
 
-def _remarks(found: _Prediction, record: dict | None) -> list[str]:
+def _remarks(found: _Prediction, record: dict | None, given: dict[str, dict]) -> list[str]:
     """What a reader of the numbers or the image must know beside them."""
     remarks = []
     if found.decoding["reference"] is not None and found.wanted is None:
         remarks.append("heights are relative to a level that is not known")
     sources = [source for source in _sources(record) or () if {found.sensor, found.target} <= set(source)]
-    trained = [source[found.target] for source in sources]
-    absent = [band for band in found.decoding["bands"] if not any(band in bands for bands, _ in trained)]
-    if trained and absent:
-        remarks.append(f"the model's run had no {', '.join(absent)} of {found.target}")
-    levels = sorted({level for _, level in trained if level})
-    if levels and found.decoding["level"] not in levels:
-        remarks.append(f"{found.target} is {found.decoding['level']}, the model's run had {' and '.join(levels)}")
+    for sensor, here in {found.sensor: given[found.sensor], found.target: found.decoding}.items():
+        trained = [source[sensor] for source in sources]
+        absent = [band for band in here["bands"] if not any(band in bands for bands, _ in trained)]
+        if trained and absent:
+            remarks.append(f"the model's run had no {', '.join(absent)} of {sensor}")
+        levels = sorted({level for _, level in trained if level})
+        if levels and here["level"] not in levels:
+            remarks.append(f"{sensor} is {here['level']}, the model's run had {' and '.join(levels)}")
     return remarks
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from msgfm_hf.train.charts import Charts, Curve, Html, Mark, Style, note, number, prose, table, tag
-from msgfm_hf.train.checkpoint import find_checkpoints, write_text
+from msgfm_hf.train.checkpoint import find_checkpoints, planned_steps, write_text
 
 # What is said of the newest lines is said of this many.
 _RECENT = 10
@@ -147,9 +147,7 @@ class RunHistory:
 
     @property
     def max_steps(self) -> int:
-        """Of the whole run, as planned when it was last started; 0 where its record does not say."""
-        started = (self.resumed or [self.record])[-1]
-        return started.get("max_steps") or max(self.record["recipe"].get("max_steps", 0), 0)
+        return planned_steps(self.record)
 
     @property
     def finished(self) -> bool:
