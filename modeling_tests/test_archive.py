@@ -406,6 +406,8 @@ def test_a_stopped_command_goes_on_to_the_bytes_of_one_worker(how, afterwards, p
 def stopped_halfway(pictures, out, how):
     """Start the command with two workers and stop it at its first file; whether it was stopped before its last."""
     command = ["shards", "geopile", "--root", str(pictures), "--out", str(out), "--workers", "2"]
+    # Where these tests are a shell's job in the background, Ctrl-C is ignored, and by what they start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, "-m", "msgfm_hf.cli", *command],
         start_new_session=True,
@@ -413,6 +415,7 @@ def stopped_halfway(pictures, out, how):
         stderr=subprocess.PIPE,
         text=True,
     )
+    signal.signal(signal.SIGINT, before)
     half = out / ".geopile.converting"
     while not times(half) and process.poll() is None:
         time.sleep(0.002)

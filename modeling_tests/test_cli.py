@@ -83,7 +83,7 @@ def test_help_names_every_command_with_examples(msgfm):
         ("shards", ["sample", "synthetic"]),
         ("shards sample", ["--root", "--out", "--overwrite", "MSGFM_SAMPLE_DATA", "splits.csv"]),
         ("shards synthetic", ["--out", "--seed", "never a result"]),
-        ("sensors", ["--input", "add_sensor", "msgfm sensors s2"]),
+        ("sensors", ["--input", "unit=", "msgfm sensors s2"]),
         ("inspect", ["--verify", "--contact-sheet", "--no-contact-sheet"]),
         (
             "evaluate",
