@@ -17,6 +17,7 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -257,15 +258,25 @@ def test_metrics_have_a_line_per_step_and_evaluation(whole):
 
 
 def test_the_time_spent_waiting_for_data_is_told(alone, tmp_path, monkeypatch):
-    def slow(samples, collate=pretrain_module.collate):
-        time.sleep(0.5)
-        return collate(samples)
+    """By a clock that goes on by 3 s while a batch is made, and by 1 s while a learning rate is set."""
+    seconds = [0.0]
 
-    monkeypatch.setattr(pretrain_module, "collate", slow)
-    run(quick(alone, tmp_path / "run", max_steps=3))
-    waits = [line["input_wait"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
-    # A step of this model takes some hundredths of a second.
-    assert len(waits) == 3 and 0.3 < np.median(waits) <= 1, waits
+    def takes(duration, function):
+        def timed(*arguments):
+            seconds[0] += duration
+            return function(*arguments)
+
+        return timed
+
+    for name, duration in (("collate", 3), ("set_learning_rate", 1)):
+        monkeypatch.setattr(pretrain_module, name, takes(duration, getattr(pretrain_module, name)))
+    clock = SimpleNamespace(perf_counter=lambda: seconds[0], monotonic=time.monotonic)
+    monkeypatch.setattr(pretrain_module, "time", clock)
+    run(quick(alone, tmp_path / "run", max_steps=3, dataloader_num_workers=0))
+    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    assert [line["input_wait"] for line in lines] == [0.75] * 3
+    # Two images in four seconds.
+    assert [line["images_per_second"] for line in lines] == [0.5] * 3
 
 
 def test_the_run_says_what_made_it(whole):

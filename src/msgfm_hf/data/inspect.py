@@ -4,8 +4,9 @@ import dataclasses
 import functools
 import itertools
 import os
+import textwrap
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,7 +79,7 @@ def describe_sensors(sensors: Iterable[str] = ()) -> str:
             f"{spec.id}: {spec.default_unit} unless unit= says otherwise (one of {units}){factors}",
             f"  levels: {', '.join(spec.levels) or 'none'}; statistics in {spec.unit}: {spec.source}",
         ]
-        header = ("band", "nm", "gsd", "clip", "mean", "std", "also called")
+        header = ("band", "also called", "nm", "gsd", "clip", "mean", "std")
         table = [header]
         for band in spec.bands:
             clip = "-" if band.clip is None else "{:g} to {:g}".format(*band.clip)
@@ -89,8 +90,8 @@ def describe_sensors(sensors: Iterable[str] = ()) -> str:
                 f"{band.mean:.4g}",
                 f"{band.std:.4g}",
             )
-            table.append((band.name, *known, ", ".join(band.aliases)))
-        parts.append("\n".join(lines + _aligned(table, right=range(1, 6))))
+            table.append((band.name, ", ".join(band.aliases), *known))
+        parts.append("\n".join([*lines, textwrap.indent(align(table, left=2), "    ")]))
     return "\n\n".join(parts)
 
 
@@ -310,7 +311,7 @@ def _value_report(source, sensor, images) -> list[str]:
             seen = seen[np.isfinite(seen)]
             line += [f"{f(seen):.5g}" if len(seen) else "-" for f in (np.min, np.median, np.max)]
         table.append(tuple(line))
-    lines = _aligned(table, right=range(1, len(header)))
+    lines = textwrap.indent(align(table, left=1), "    ").splitlines()
     invalid = np.mean(np.concatenate([~image.valid_mask().ravel() for image in images])) if images else 0.0
     return [*lines, f"    invalid pixels: {100 * invalid:.3g} %", *_offset_remark(sensor, images)]
 
@@ -343,16 +344,16 @@ def _offset_remark(sensor: str, images: list[ShardImage]) -> list[str]:
     return []
 
 
-def _aligned(table: list[tuple[str, ...]], right: Iterable[int]) -> list[str]:
-    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-    right, lines = set(right), []
-    for line in table:
-        cells = [
-            cell.rjust(width) if column in right else cell.ljust(width)
+def align(lines: Sequence[Sequence[str]], left: int) -> str:
+    """Lines of cells as text in columns, the first `left` columns to the left and the others to the right."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column < left else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        lines.append(("    " + "  ".join(cells)).rstrip())
-    return lines
+        ).rstrip()
+        for line in lines
+    )
 
 
 @functools.lru_cache(maxsize=16)

@@ -166,10 +166,9 @@ class TableLabels:
                 "with none. Name another column."
             )
         numbers = {key: _number(text) for key, text in self.values.items()}
-        blank = [key for key, text in self.values.items() if text.lower() in _NO_NUMBER]
-        if kind != "list" and kind != "class" and all(numbers[key] is not None for key in set(numbers) - set(blank)):
-            self.values = {key: text for key, text in self.values.items() if key not in blank} or self.values
-            numbers = {key: numbers[key] for key in self.values}
+        named = {key: text for key, text in self.values.items() if text.lower() not in _NO_NUMBER}
+        if kind in (None, "number") and named and all(numbers[key] is not None for key in named):
+            self.values, numbers = named, {key: numbers[key] for key in named}
         if kind is None:
             listed = any(mark in text for text in self.values.values() for mark in _LIST_MARKS)
             kind = "list" if listed else "class" if None in numbers.values() else "number"

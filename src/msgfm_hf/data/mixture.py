@@ -190,7 +190,7 @@ def draw_window(
     return top, left, image_size, -1 if draws[2] % 2 else 1, -1 if draws[3] % 2 else 1
 
 
-class EvaluationCrops(Dataset):
+class EvaluationCrops:
     """The same crops every time: a grid without overlap, centred in each image, without flips.
 
     Whole crops only, so up to one crop less a pixel of each axis stays unseen; a smaller image is padded with invalid

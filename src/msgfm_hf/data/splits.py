@@ -236,7 +236,7 @@ def overlapping_footprints(footprints: list[Footprint]) -> list[tuple[Footprint,
             given = shapely.geometry.mapping(shape)
             # Cut where degrees jump from 180 to -180: else such a shape would reach around the Earth.
             moved = warp.transform_geom(place.crs, "EPSG:4326", given, antimeridian_cutting=True)
-            shape = _around_the_earth(shapely, shapely.geometry.shape(moved))
+            shape = _around_the_earth(shapely.geometry.shape(moved))
         shapes.append(shape)
     of_split = {
         split: [number for number, place in enumerate(unique) if place.split == split]
@@ -281,8 +281,9 @@ def describe_counts(
     return lines
 
 
-def _around_the_earth(shapely, shape):
+def _around_the_earth(shape):
     """A shape in degrees, of which what lies beyond 180 is where it is called -180, and the reverse."""
+    shapely = geo_module("shapely")
     beyond = [shapely.affinity.translate(shape, xoff=turn) for turn in (-360, 360)]
     whole = shapely.box(-180, -90, 180, 90)
     return shapely.union_all([part.intersection(whole) for part in (shape, *beyond)])

@@ -9,6 +9,7 @@ above one it is rougher. An index of one says nothing of whether the pixels are 
 import numpy as np
 import torch
 
+from msgfm_hf.data.inspect import align
 from msgfm_hf.model.image_processing_msgfm import MsGFMImageProcessor
 from msgfm_hf.model.sensors import SensorSpec, get_sensor
 
@@ -156,15 +157,3 @@ def format_backscatter(compared: dict[tuple[str, str], dict[str, dict]]) -> str:
                     ]
                 )
     return align(lines, left=4)
-
-
-def align(lines: list[list[str]], left: int) -> str:
-    """Lines of cells as text in columns, the first `left` columns to the left and the others to the right."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )

@@ -20,13 +20,14 @@ from msgfm_hf import __version__
 from msgfm_hf.data.batch import LOSS_REGIONS, rotations
 from msgfm_hf.data.geotiff import check_grid, geo_module
 from msgfm_hf.data.inputs import input_header, parse_inputs, read_input
+from msgfm_hf.data.inspect import align
 from msgfm_hf.data.shards import ShardImage, ShardSource, find_sources
 from msgfm_hf.model.image_processing_msgfm import MsGFMImageProcessor
 from msgfm_hf.model.masking import draw_mask, mask_to_pixels
 from msgfm_hf.model.modeling_msgfm import MsGFMForPreTraining
 from msgfm_hf.model.sensors import SensorSpec, get_sensor
 from msgfm_hf.tasks.reconstruction import directions
-from msgfm_hf.tasks.speckle import align, compare_backscatter, format_backscatter, is_backscatter
+from msgfm_hf.tasks.speckle import compare_backscatter, format_backscatter, is_backscatter
 from msgfm_hf.train.checkpoint import run_record
 from msgfm_hf.train.pictures import UNIT_NAMES, Backscatter, Reconstructed, draw_backscatter, draw_directions
 from msgfm_hf.train.pretrain import source_commit
