@@ -413,6 +413,44 @@ def _run_report_page(arguments):
     print(f"\nWritten: {report['page']}")
 
 
+def _convert(parser: argparse.ArgumentParser):
+    parser.add_argument(
+        "source", nargs="+", metavar="SRC", help="file or folder; or a .master file and its .rank* files"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; it must not exist, or be empty")
+    parser.add_argument("--layout", default="auto", help="what wrote the source, to be sure (default auto; see above)")
+    parser.add_argument("--image-size", type=int, metavar="N", help="pixels, asked for where the source does not tell")
+    parser.add_argument("--sensor", default="rgb", help="sensor of the channels, known or new (default rgb)")
+    parser.add_argument(
+        "--bands",
+        type=lambda text: [name.strip() for name in text.split(",")],
+        metavar="B,B,...",
+        help="names of the source's channels, in its order (default all bands of the sensor)",
+    )
+    parser.add_argument("--num-experts", type=int, metavar="N", help="copy the MLPs of the paper's blocks into experts")
+    parser.add_argument("--window-size", type=int, metavar="N", help="tokens, where the model shall have other windows")
+    parser.set_defaults(run=_run_convert)
+
+
+def _run_convert(arguments):
+    from msgfm_hf.convert.checkpoint import REPORT, convert_checkpoint, format_conversion
+
+    report = convert_checkpoint(
+        arguments.source,
+        arguments.out,
+        layout=arguments.layout,
+        image_size=arguments.image_size,
+        sensor=arguments.sensor,
+        bands=arguments.bands,
+        num_experts=arguments.num_experts,
+        window_size=arguments.window_size,
+        command=arguments.given,
+    )
+    print(format_conversion(report))
+    print(f"\nWritten: {arguments.out}, with every tensor's story in {Path(arguments.out) / REPORT}")
+    print(f"Load it: {report['model_class']}.from_pretrained({arguments.out!r})")
+
+
 # What only one command needs is imported inside it: `msgfm inspect` has no use for accelerate.
 _COMMANDS = {
     "shards": ("make shards, the training format, out of imagery", _shards),
@@ -421,6 +459,7 @@ _COMMANDS = {
     "evaluate": ("masked reconstruction and crossings on held-out places, beside baselines", _evaluate),
     "reconstruct": ("mask an image, predict it from itself and from its partners, and see", _reconstruct),
     "report": ("a page about a run, or what the experts of a model take", _report),
+    "convert": ("weights of SimMIM, GFM, Swin, SwinV2, Swin-MoE, Satlas or Transformers' Swin", _convert),
 }
 _ARCHIVES = (
     "\n\nUses all cores and little memory. A command that was stopped, even killed, goes on when it is given again; a\n"
@@ -504,6 +543,17 @@ _DESCRIPTIONS = {
     "  msgfm reconstruct --model runs/sample --input s1=s1.tif --input s2=s2.tif,offset=-1000,level=l2a\n"
     "  msgfm reconstruct --model runs/sample --input s1=s1.tif --out s2-from-s1       Sentinel-2 from radar alone\n"
     "  msgfm reconstruct --model runs/sample --shards runs/data/sample --rows 4 --seed 1",
+    "convert": "Turns the weights of another program into a folder that from_pretrained loads, with its processor:\n"
+    "MsGFMForPreTraining where the source has a decoder, MsGFMForImageClassification where it has a classifier,\n"
+    "else MsGFMModel. Features are those of the original. What became of each tensor is printed, and written to\n"
+    "conversion_report.json; a tensor that nobody can explain stops the conversion. Nothing in a file is run.\n\n"
+    "Layouts: simmim, gfm, swin, swinv2, swin_moe, hf_swin (a folder of Transformers), satlas (torchvision too).\n"
+    "conversion_scripts/README.md has the command for each public checkpoint.\n\n"
+    "  msgfm convert simmim_pretrain__swin_base__img192_window6__800ep.pth --out models/simmim\n"
+    "  msgfm convert model.pth.master model.pth.rank* --out models/swin-moe\n"
+    "  msgfm convert sentinel1_swinb_si.pth --sensor s1 --bands VH,VV --image-size 512 --out models/satlas-s1\n"
+    "  msgfm convert four_channels.pth --sensor skysat --bands blue,green,red,nir --out models/skysat\n"
+    "  msgfm convert gfm.pth --num-experts 8 --out models/gfm-8      experts for pretraining, copies of the MLPs",
     "report": "Writes one HTML page about a run, finished or not: how far it is, what to look at, losses, validation,\n"
     "learning rate, throughput, where the tokens of each sensor go, reconstructions over time, and what made it. The\n"
     "page holds everything it shows: open it anywhere, or send it.\n\n"
