@@ -429,9 +429,12 @@ def test_satlas_backbones_have_the_features_of_torchvision(prefix, tmp_path):
     assert any("statistics of the catalogue" in remark for remark in report["remarks"])
 
 
-def test_satlas_pictures_go_from_0_to_1(tmp_path):
-    tensors = torchvision_names(make_source("v2"), "backbone.backbone.")
-    convert_checkpoint(save(tmp_path, tensors), tmp_path / "out", image_size=64)
+@pytest.mark.parametrize("prefix", ["backbone.backbone.", ""], ids=["Satlas", "torchgeo"])
+def test_satlas_pictures_go_from_0_to_1(prefix, tmp_path):
+    """Torchgeo passes on the bare backbones, with a classifier that nobody trained; nor was the norm before it."""
+    original = {**make_source("v2", classes=5), "norm.weight": torch.ones(32), "norm.bias": torch.zeros(32)}
+    report = convert_checkpoint(save(tmp_path, torchvision_names(original, prefix)), tmp_path / "out", image_size=64)
+    assert report["model_class"] == "MsGFMModel"
     processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
     assert processor(np.full((3, 8, 8), 51, np.uint8))["pixel_values"].unique().tolist() == pytest.approx([0.2])
 

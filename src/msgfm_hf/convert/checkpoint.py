@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -103,7 +103,7 @@ def convert_checkpoint(
     translation = found.translate(source)
     _check_left(translation, found.NAME)
     architecture = read_architecture(translation, found.stated(source), image_size, window_size)
-    spec, names = _make_sensor(sensor, bands, architecture.num_bands, found.STATISTICS, source.processor, translation)
+    spec, names = _make_sensor(sensor, bands, architecture.num_bands, source.processor, translation)
     fields = dict(architecture.fields)
     if window_size is not None:
         fields["window_size"], architecture.origins["window_size"] = window_size, "option"
@@ -211,8 +211,7 @@ def _make_sensor(
     sensor: str,
     bands: Sequence[str] | None,
     num_bands: int,
-    statistics: str,
-    processor,
+    processor: Mapping,
     translation: Translation,
 ) -> tuple[SensorSpec, list[str]]:
     """The sensor whose bands the channels are, and their names in the order of the channels."""
@@ -233,8 +232,8 @@ def _make_sensor(
     rgb = SENSORS["rgb"]
     pictures = spec.unit == rgb.unit and spec.default_unit == rgb.default_unit and spec.scale == rgb.scale
     mean, std = processor.get("image_mean"), processor.get("image_std")
-    if pictures and statistics == "0..1":
-        spec = _with_statistics(spec, dict.fromkeys(names, (0.0, 1.0)), "SatlasPretrain: from 0 to 1")
+    if pictures and translation.from_0_to_1:
+        spec = _with_statistics(spec, dict.fromkeys(names, (0.0, 1.0)), "SatlasPretrain: pixels from 0 to 1")
     elif pictures and mean and std and len(mean) == len(std) == len(names):
         values = dict(zip(names, zip(mean, std, strict=True), strict=True))
         known = {band.name: (band.mean, band.std) for band in spec.bands}

@@ -1,7 +1,7 @@
 """GFM's training files (mmendiet/GFM, arXiv 2302.04476): SimMIM's student, and the teacher it was distilled from."""
 
 from . import simmim
-from .simmim import STATISTICS, stated
+from .simmim import stated
 from .source import Source
 from .translation import Translation
 
@@ -23,4 +23,4 @@ def translate(source: Source) -> Translation:
     return translation
 
 
-__all__ = ["NAME", "STATISTICS", "matches", "stated", "translate"]
+__all__ = ["NAME", "matches", "stated", "translate"]

@@ -57,7 +57,6 @@ _STATED = (
     "drop_path_rate",
     "layer_norm_eps",
 )
-STATISTICS = "ImageNet"
 
 
 def matches(source: Source) -> bool:

@@ -3,15 +3,13 @@
 import re
 
 from .source import Source
-from .translation import SENSOR, Translation
+from .translation import RECOMPUTED, SENSOR, Translation
 
 NAME = "satlas"
 
 _BLOCK = r"features\.(\d+)\.(\d+)\."
 # Satlas wraps the backbone once for one image, and twice for several images of a place.
 _FIRST = re.compile(r"((?:backbone\.)*)features\.0\.0\.weight")
-# Pixels from 0 to 1, by a division that depends on the product.
-STATISTICS = "0..1"
 
 
 def _prefix(source: Source) -> str | None:
@@ -40,17 +38,19 @@ def translate(source: Source) -> Translation:
         ],
         prefix,
     )
-    if prefix:
+    norm = {kind: translation.tensors.get(f"layernorm.{kind}") for kind in ("weight", "bias")}
+    untrained = None not in norm.values() and bool((norm["weight"] == 1).all()) and not norm["bias"].any()
+    # Torchgeo passes on the bare backbones, whose final norm tells them from classifiers of torchvision.
+    translation.from_0_to_1 = bool(prefix) or untrained
+    if translation.from_0_to_1:
         translation.ignore_prefixed(f"{prefix}head.", "torchvision's classifier, which Satlas neither trains nor uses")
-        if "layernorm.weight" in translation.tensors:
-            translation.remarks.append(
-                "Satlas takes its features before the final norm and never trains it: `last_hidden_state` and "
-                "`pooler_output` are normalised with its first values"
-            )
-        why = "of Satlas's feature pyramid and heads, which this architecture does not have"
+        translation.remarks.append(
+            "Satlas takes its features before the final norm and never trains it: `last_hidden_state` and "
+            "`pooler_output` are normalised with its first values"
+        )
         for key in translation.left():
             if not key.startswith(prefix):
-                translation.ignore(key, why)
+                translation.ignore(key, "of Satlas's feature pyramid and heads, which this architecture does not have")
     else:
         translation.match([(r"head\.(weight|bias)", r"classifier.\1")])
     for key in translation.left():
@@ -92,4 +92,4 @@ def _stage_key(translation: Translation, key: str, inside: str):
         translation.load(key, path + "attention.qkv.bias", tensor)
     elif part in ("attn.relative_position_index", "attn.relative_coords_table"):
         translation.buffers[path + part.replace("attn", "attention")] = tensor
-        translation.ignore(key, "a buffer: computed anew from the architecture")
+        translation.ignore(key, RECOMPUTED)

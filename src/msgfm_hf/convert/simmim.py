@@ -2,7 +2,7 @@
 and a decoder."""
 
 from .source import Source
-from .swin import RULES, STATISTICS, stated
+from .swin import RULES, stated
 from .translation import SENSOR, Translation
 
 NAME = "simmim"
@@ -29,4 +29,4 @@ def translate(source: Source) -> Translation:
     return translation
 
 
-__all__ = ["NAME", "STATISTICS", "matches", "stated", "translate"]
+__all__ = ["NAME", "matches", "stated", "translate"]

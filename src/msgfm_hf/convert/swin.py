@@ -27,8 +27,6 @@ RULES = [
     (r"norm\.(weight|bias)", r"layernorm.\1"),
     (r"head\.(weight|bias)", r"classifier.\1"),
 ]
-# Trained without normalisation of their own: ImageNet's statistics, which are those of `rgb` in the catalogue.
-STATISTICS = "ImageNet"
 
 
 def matches(source: Source) -> bool:

@@ -6,7 +6,7 @@ import math
 import torch
 
 from .source import RankFiles, Source
-from .swin import RULES, STATISTICS, stated
+from .swin import RULES, stated
 from .translation import Translation
 
 NAME = "swin_moe"
@@ -182,4 +182,4 @@ def _merge_layer(layer: str, ranks: list[Source], shared: dict, merged: dict) ->
     return layers
 
 
-__all__ = ["NAME", "STATISTICS", "matches", "merge_ranks", "stated", "translate"]
+__all__ = ["NAME", "matches", "merge_ranks", "stated", "translate"]

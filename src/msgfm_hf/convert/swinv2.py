@@ -1,7 +1,7 @@
 """SwinV2 as its authors save it (microsoft/Swin-Transformer, arXiv 2111.09883): classifiers and their trunks."""
 
 from .source import Source
-from .swin import STATISTICS, stated, translate
+from .swin import stated, translate
 
 NAME = "swinv2"
 
@@ -11,4 +11,4 @@ def matches(source: Source) -> bool:
     return "patch_embed.proj.weight" in source.tensors and any(".attn.logit_scale" in key for key in source.tensors)
 
 
-__all__ = ["NAME", "STATISTICS", "matches", "stated", "translate"]
+__all__ = ["NAME", "matches", "stated", "translate"]

@@ -21,6 +21,7 @@ class Translation:
         changes: {name: what was done to the tensors on the way}.
         fresh: {name: why it comes from no source}.
         remarks: what the user should know.
+        from_0_to_1: whether the source takes pixels from 0 to 1; the others take ImageNet's mean and deviation.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]):
@@ -32,6 +33,7 @@ class Translation:
         self.changes: dict[str, list[str]] = {}
         self.fresh: dict[str, str] = {}
         self.remarks: list[str] = []
+        self.from_0_to_1 = False
 
     def left(self) -> list[str]:
         """The source keys of which nothing has been said."""

@@ -36,7 +36,8 @@ def resize_table(table: torch.Tensor, window: int) -> torch.Tensor:
         from scipy.interpolate import RectBivariateSpline
     except ImportError as error:
         raise ImportError(
-            "`--window-size` needs SciPy to resize position biases, got no such package. `pip install 'msgfm_hf[convert]'`."
+            "`--window-size` needs SciPy to resize position biases, got no such package. "
+            'Run pip install "msgfm_hf[convert]".'
         ) from error
     low, high = 1.01, 1.5
     while high - low > 1e-6:
