@@ -19,6 +19,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 import tiny_models
 from msgfm_hf import (
     MsGFMForImageClassification,
+    MsGFMForPreTraining,
     MsGFMForSemanticSegmentation,
     MsGFMImageProcessor,
     MsGFMModel,
@@ -27,6 +28,7 @@ from msgfm_hf import (
 FEATURES = "multisensor-image-feature-extraction"
 CLASSES = "multisensor-image-classification"
 MASKS = "multisensor-image-segmentation"
+IMAGES = "multisensor-image-to-image"
 MODELS = {FEATURES: MsGFMModel, CLASSES: MsGFMForImageClassification, MASKS: MsGFMForSemanticSegmentation}
 S1 = {"inputs": {"s1": ["VV", "VH"]}}
 BOTH = {"inputs": {"s1": ["VV", "VH"], "dsm": ["height"]}}
@@ -408,3 +410,78 @@ def test_bands_that_come_out_are_told():
     assert both == {"s1": ["VH"], **S2["inputs"]}
     with pytest.raises(ValueError, match="`bands` must be for the sensors given"):
         processor.output_bands({"s1": None}, bands={"s2": ["B02"]})
+
+
+# --------------------------------------------------------------------------------------------------- sensor to sensor
+
+
+def translator(**fields):
+    torch.manual_seed(0)
+    model = tiny_models.tiny(MsGFMForPreTraining, 0.1, **fields)
+    return pipeline(IMAGES, model=model, image_processor=MsGFMImageProcessor.from_config(model.config))
+
+
+def test_a_translation_is_the_decoder_of_the_target_on_the_features_of_the_input():
+    pipe, image = translator(**S1), backscatter()
+    (found,) = pipe({"s1": image}, target="s2", target_bands=["B04", "blue"])
+    assert (found["sensor"], found["target"], found["unit"]) == ("s1", "s2", "reflectance")
+    assert found["bands"] == ["B04", "B02"] and found["image"].shape == (2, 21, 18)
+    inputs = pipe.image_processor({"s1": image})
+    optical = torch.zeros(1, 2, 21, 18)
+    with torch.no_grad():
+        expected = pipe.model(
+            {**inputs["pixel_values"], "s2": optical}, bands={"s2": ["B04", "B02"]}, targets={"s1": "s2"}
+        ).reconstruction["s1"]
+    expected = pipe.image_processor.post_process_image_to_image(expected, sensor="s2", bands=["B04", "B02"])[0]
+    np.testing.assert_allclose(found["image"], expected.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_translations_of_a_batch_are_those_of_its_places(batch_size, tmp_path):
+    pipe = translator(inputs={"s1": ["VV", "VH"], "dsm": ["height"]})
+    invalid = backscatter(2)
+    invalid[:, :5] = np.nan
+    path = write(tmp_path / "s1.tif", backscatter(3), ["VV", "VH"])
+    places = [{"s1": backscatter()}, {"s1": backscatter(1), "dsm": heights()}, {"s1": invalid}, {"s1": str(path)}]
+    options = {"target": "rgb", "target_unit": "dn"}
+    found = pipe(places, batch_size=batch_size, **options)
+    assert [[image["sensor"] for image in place] for place in found] == [["s1"], ["s1", "dsm"], ["s1"], ["s1"]]
+    for place, images in zip(places, found, strict=True):
+        for one, other in zip(images, pipe(place, **options), strict=True):
+            np.testing.assert_allclose(one["image"], other["image"], rtol=1e-4, atol=1e-3)
+    assert np.isnan(found[2][0]["image"][:, :5]).all() and np.isfinite(found[2][0]["image"][:, 5:]).all()
+
+
+def test_the_target_itself_is_passed_over_and_heights_are_relative():
+    pipe = translator(**S1)
+    assert [image["sensor"] for image in pipe({"s1": backscatter(), "dsm": heights()}, target="dsm")] == ["s1"]
+    image = pipe({"s1": backscatter()}, target="dsm")[0]
+    assert image["unit"] == "metres" and abs(image["image"]).mean() < 100
+
+
+def test_what_cannot_be_translated_is_refused():
+    pipe = translator(**S1)
+    with pytest.raises(ValueError, match="`target` must name the sensor to predict .*, got None"):
+        pipe({"s1": backscatter()})
+    with pytest.raises(ValueError, match="`sensor` must be one of dsm, rgb, s1, s2, got 'skysat'"):
+        pipe({"s1": backscatter()}, target="skysat")
+    with pytest.raises(ValueError, match="`images` must hold another sensor than the `target`, got s1"):
+        pipe({"s1": backscatter()}, target="s1")
+    model = tiny_models.tiny(MsGFMModel, **S1)
+    with pytest.raises(
+        ValueError, match="`model` must have decoders for 'multisensor-image-to-image', got a MsGFMModel"
+    ):
+        pipeline(IMAGES, model=model, image_processor=pipe.image_processor)({"s1": backscatter()}, target="s2")
+
+
+# --------------------------------------------------------------------------------- stock pipelines and other sensors
+
+
+@pytest.mark.parametrize("task", [CLASSES, MASKS, FEATURES])
+@pytest.mark.parametrize("fields", [S1, BOTH, S2, {"inputs": {"dsm": ["height"]}}], ids=["s1", "both", "s2", "dsm"])
+def test_a_stock_pipeline_refuses_a_picture_for_another_sensor_and_names_ours(task, fields):
+    """A hosted widget sends pictures."""
+    pipe = make(task, fields)
+    stock = pipeline(task.removeprefix("multisensor-"), model=pipe.model, image_processor=pipe.image_processor)
+    with pytest.raises(ValueError, match=r"pipeline\('multisensor-image-classification'\), '-segmentation'"):
+        stock(Image.new("RGB", (20, 20)))

@@ -31,6 +31,7 @@ from .model.pipeline_msgfm import (
     MultisensorImageClassificationPipeline,
     MultisensorImageFeatureExtractionPipeline,
     MultisensorImageSegmentationPipeline,
+    MultisensorImageToImagePipeline,
 )
 from .model.sensors import SENSORS, BandSpec, SensorSpec
 
@@ -53,6 +54,7 @@ for _task, _pipeline, _model in (
     ("multisensor-image-feature-extraction", MultisensorImageFeatureExtractionPipeline, AutoModel),
     ("multisensor-image-classification", MultisensorImageClassificationPipeline, AutoModelForImageClassification),
     ("multisensor-image-segmentation", MultisensorImageSegmentationPipeline, AutoModelForSemanticSegmentation),
+    ("multisensor-image-to-image", MultisensorImageToImagePipeline, AutoModelForPreTraining),
 ):
     PIPELINE_REGISTRY.register_pipeline(_task, pipeline_class=_pipeline, pt_model=_model, type="image")
     # For this, saving a pipeline would write its file beside the weights, without those of the model that it needs.

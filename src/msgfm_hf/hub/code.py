@@ -32,6 +32,11 @@ CUSTOM_PIPELINES = {
         "pt": ["AutoModelForSemanticSegmentation"],
         "type": "image",
     },
+    "multisensor-image-to-image": {
+        "impl": "pipeline_msgfm.MultisensorImageToImagePipeline",
+        "pt": ["AutoModelForPreTraining"],
+        "type": "image",
+    },
 }
 
 

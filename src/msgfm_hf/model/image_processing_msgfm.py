@@ -43,6 +43,11 @@ _PIL_BANDS = {
 }
 _GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
 _GDAL_METADATA_TAG, _GDAL_NODATA_TAG = 42112, 42113
+# Where somebody hands over a picture, as the stock pipelines do, which open files as pictures too.
+_OWN_PIPELINES = (
+    "Arrays, GeoTIFFs and {sensor: image} go through pipeline('multisensor-image-classification'), '-segmentation', "
+    "'-feature-extraction' or 'multisensor-image-to-image'."
+)
 _MASK_PAGE = 4  # bit of NewSubfileType
 
 # What the median of an image's valid pixels may be, per unit of a sensor's statistics; and why it would not be.
@@ -902,7 +907,7 @@ class MsGFMImageProcessor(BaseImageProcessor):
             if len(self.inputs) != 1:
                 raise ValueError(
                     f"`sensor` must be given for a bare image, as `inputs` has {', '.join(self.inputs) or 'none'}, got "
-                    "None. Pass `sensor=`, or {sensor: image}."
+                    f"None. Pass `sensor=`, or {{sensor: image}}. {_OWN_PIPELINES}"
                 )
             sensor = next(iter(self.inputs))
         return sensor
@@ -1238,6 +1243,12 @@ def _open(image, spec: SensorSpec, chosen: list[str], layout: str | None) -> _Pi
             raise ValueError(
                 f"`images` for sensor {spec.id!r} must be PIL images of mode {', '.join(_PIL_BANDS)}, got "
                 f"{image.mode!r}. Convert it, for example with `image.convert('RGB')`."
+            )
+        colours = _PIL_BANDS[image.mode]
+        if colours and not set(chosen) <= set(colours):
+            raise ValueError(
+                f"`images` for sensor {spec.id!r} must hold its bands ({', '.join(chosen)}), got a picture of "
+                f"{', '.join(colours)}. {_OWN_PIPELINES}"
             )
         array = np.asarray(image)
         pixels = _tensor(array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0), spec)

@@ -17,6 +17,7 @@ from transformers.pipelines import (
 from transformers.utils import ModelOutput
 
 from .image_processing_msgfm import data_collator
+from .sensors import get_sensor
 
 _PROCESSOR_OPTIONS = (
     "sensor",
@@ -73,7 +74,11 @@ class _MultisensorPipeline(Pipeline):
             )
         options = {name: value for name, value in parameters.items() if name in _PROCESSOR_OPTIONS}
         rest = {name: value for name, value in parameters.items() if name in self._parameters}
-        return options, {}, super()._sanitize_parameters(**rest)[2]
+        return options, *self._own_parameters(rest)
+
+    def _own_parameters(self, parameters):
+        """The arguments of the task itself -> those of `_forward` and of `postprocess`."""
+        return {}, super()._sanitize_parameters(**parameters)[2]
 
     def preprocess(self, images, sensor=None, bands=None, **options):
         """One place -> `inputs`, as the image processor gives them, and `bands`, both by sensor."""
@@ -99,10 +104,10 @@ class _MultisensorPipeline(Pipeline):
         known = self.image_processor.sensors
         return {sensor: entry for sensor, entry in value.items() if sensor in images or sensor not in known}
 
-    def _forward(self, model_inputs):
+    def _forward(self, model_inputs, **parameters):
         inputs, bands = model_inputs["inputs"], model_inputs["bands"]
         if isinstance(bands, dict):
-            return self._predict([inputs], bands)
+            return self._predict([inputs], bands, **parameters)
         # A batch: places that differ in size or sensors cannot share a forward, and run apart.
         alike = {}
         for index, place in enumerate(inputs):
@@ -110,7 +115,7 @@ class _MultisensorPipeline(Pipeline):
             alike.setdefault(key, []).append(index)
         rows = {}
         for indices in alike.values():
-            outputs = self._predict([inputs[index] for index in indices], bands[indices[0]])
+            outputs = self._predict([inputs[index] for index in indices], bands[indices[0]], **parameters)
             for row, index in enumerate(indices):
                 rows[index] = {name: tensor[row] for name, tensor in outputs.items()}
         return ModelOutput({name: [rows[index][name] for index in range(len(inputs))] for name in rows[0]})
@@ -199,6 +204,103 @@ class MultisensorImageSegmentationPipeline(_MultisensorPipeline, ImageSegmentati
         ]
 
 
+class MultisensorImageToImagePipeline(_MultisensorPipeline):
+    """Images of one sensor out of those of others, for the task `multisensor-image-to-image`; `__call__` says what goes
+    in.
+
+    ```python
+    translator = pipeline("multisensor-image-to-image", model=folder)
+    images = translator([{"s1": "a.tif"}, {"s1": "b.tif"}], target="s2", target_unit="reflectance", batch_size=2)
+    ```
+
+    Its own arguments are `target` (`str`: the sensor to predict), `target_bands` (`list[str]`, by default those of
+    `config.inputs`, then all that the sensor's first level has) and `target_unit` (`str`, by default reflectance, dB or
+    metres). A sensor of a place that is the target itself is passed over.
+
+    Returns, per place: a list with, for each other sensor of it, `{"sensor": str, "target": str, "bands": list[str],
+    "unit": str, "image": np.ndarray}`, the image (bands, height, width) in float32, NaN where the input is invalid.
+    Heights are relative: nobody knows the reference of a place without heights.
+
+    The model predicts each from one sensor alone. Checkpoints whose loss counted masked pixels only (the paper's) are
+    better at these than at whole images.
+    """
+
+    _parameters = ("target", "target_bands", "target_unit")
+
+    def _own_parameters(self, parameters):
+        return {name: parameters[name] for name in ("target", "target_bands") if name in parameters}, parameters
+
+    def _target(self, target, bands) -> list[str]:
+        """The bands to predict."""
+        if target is None:
+            raise ValueError(
+                f"`target` must name the sensor to predict ({', '.join(self.model.config.sensors)}), got None. For "
+                "example target='s2'."
+            )
+        spec = get_sensor(target, self.model.config.sensors)
+        if bands is None:
+            bands = self.model.config.inputs.get(target)
+        if bands is None:
+            level = spec.check_level(None)
+            bands = [band.name for band in spec.bands if level is None or level in band.levels]
+        return [band.name for band in spec.select(bands)]
+
+    def _predict(self, places, bands, target=None, target_bands=None) -> ModelOutput:
+        wanted = self._target(target, target_bands)
+        if not hasattr(self.model, "decoders"):
+            raise ValueError(
+                f"`model` must have decoders for {self.task or type(self).__name__!r}, got a "
+                f"{type(self.model).__name__}. Load one by `pipeline(task, model=folder)`."
+            )
+        self.model.eval()
+        batch = data_collator(places)
+        pixels, valid = dict(batch["pixel_values"]), dict(batch["valid_mask"])
+        sensors = [sensor for sensor in pixels if sensor != target]
+        if not sensors:
+            raise ValueError(
+                f"`images` must hold another sensor than the `target`, got {', '.join(pixels)}. What is masked of an "
+                "image is predicted from the rest of it by `MsGFMForPreTraining`."
+            )
+        # The decoder reads the bands and the size off an image of its sensor: one without a valid pixel.
+        like = pixels[sensors[0]]
+        pixels = {sensor: pixels[sensor] for sensor in sensors} | {
+            target: like.new_zeros(len(like), len(wanted), *like.shape[2:])
+        }
+        seen = {sensor: valid[sensor] for sensor in sensors}
+        outputs = self.model(
+            pixels,
+            bands={**{sensor: bands[sensor] for sensor in sensors}, target: wanted},
+            valid_mask={**seen, target: torch.zeros_like(next(iter(seen.values())))},
+            targets=dict.fromkeys(pixels, target),
+        )
+        return ModelOutput(
+            images=torch.stack([outputs.reconstruction[sensor].float() for sensor in sensors], 1),
+            valid_mask=torch.stack([seen[sensor] for sensor in sensors], 1),
+            sensors=[tuple(sensors)] * len(places),
+        )
+
+    def postprocess(self, model_outputs, target=None, target_bands=None, target_unit=None):
+        bands, sensors = self._target(target, target_bands), model_outputs["sensors"]
+        # Taken out of a batch it is the entry of its place, else a list of one.
+        sensors = sensors[0] if isinstance(sensors, list) else sensors
+        spec = get_sensor(target, self.model.config.sensors)
+        results = []
+        for number, sensor in enumerate(sensors):
+            image = self.image_processor.post_process_image_to_image(
+                model_outputs["images"][:, number],
+                unit=target_unit,
+                sensor=target,
+                bands=bands,
+                valid_mask=model_outputs["valid_mask"][:, number],
+                reference=0.0 if spec.reference else None,
+            )
+            unit = target_unit or spec.unit
+            results.append(
+                {"sensor": sensor, "target": target, "bands": bands, "unit": unit, "image": image[0].numpy()}
+            )
+        return results
+
+
 def _valid_in_any(masks: dict[str, Tensor]) -> Tensor:
     return torch.stack(list(masks.values())).any(dim=0)
 
@@ -213,4 +315,5 @@ __all__ = [
     "MultisensorImageClassificationPipeline",
     "MultisensorImageFeatureExtractionPipeline",
     "MultisensorImageSegmentationPipeline",
+    "MultisensorImageToImagePipeline",
 ]
