@@ -451,6 +451,31 @@ def _run_convert(arguments):
     print(f"Load it: {report['model_class']}.from_pretrained({arguments.out!r})")
 
 
+def _push(parser: argparse.ArgumentParser):
+    parser.add_argument("folder", metavar="DIR", help="folder of a checkpoint, or of shards")
+    parser.add_argument("repo_id", metavar="REPO_ID", help="owner/name on the Hub; made where there is none")
+    parser.add_argument("--dry-run", action="store_true", help="list files and sizes, and push nothing")
+    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    parser.add_argument(
+        "--revision", metavar="BRANCH", help="branch to push to, made where there is none (default main)"
+    )
+    parser.add_argument("--card", metavar="YAML", help="what you state on the card (default DIR/card.yaml)")
+    parser.set_defaults(run=_run_push)
+
+
+def _run_push(arguments):
+    from msgfm_hf.hub.push import push_to_hub
+
+    push_to_hub(
+        arguments.folder,
+        arguments.repo_id,
+        dry_run=arguments.dry_run,
+        private=arguments.private,
+        revision=arguments.revision,
+        card=arguments.card,
+    )
+
+
 # What only one command needs is imported inside it: `msgfm inspect` has no use for accelerate.
 _COMMANDS = {
     "shards": ("make shards, the training format, out of imagery", _shards),
@@ -460,6 +485,7 @@ _COMMANDS = {
     "reconstruct": ("mask an image, predict it from itself and from its partners, and see", _reconstruct),
     "report": ("a page about a run, or what the experts of a model take", _report),
     "convert": ("weights of SimMIM, GFM, Swin, SwinV2, Swin-MoE, Satlas or Transformers' Swin", _convert),
+    "push": ("publish a checkpoint or shards on the Hub, with code, card and handler", _push),
 }
 _ARCHIVES = (
     "\n\nUses all cores and little memory. A command that was stopped, even killed, goes on when it is given again; a\n"
@@ -543,6 +569,18 @@ _DESCRIPTIONS = {
     "  msgfm reconstruct --model runs/sample --input s1=s1.tif --input s2=s2.tif,offset=-1000,level=l2a\n"
     "  msgfm reconstruct --model runs/sample --input s1=s1.tif --out s2-from-s1       Sentinel-2 from radar alone\n"
     "  msgfm reconstruct --model runs/sample --shards runs/data/sample --rows 4 --seed 1",
+    "push": "Publishes a checkpoint, or a folder of shards, as one commit: all of it or nothing.\n\n"
+    "A checkpoint goes with its processor, the code of the model (every Auto class and pipeline then loads with\n"
+    "trust_remote_code=True), a card, handler.py and requirements.txt for hosted inference, and example images.\n"
+    "Shards go with a card that lets load_dataset stream them.\n\n"
+    "What only you know stands in DIR/card.yaml, or in the file of --card: name, summary, license, base_model, tags,\n"
+    "datasets, training_data (name, license, url, note), intended_use, limits, beware, and results: entries of task,\n"
+    "dataset, split, metric, value, n, seed, commit, command, origin (run, or copied with its source), or names of\n"
+    "reports of `msgfm evaluate --out`. A number without what made it stops the command.\n\n"
+    "  hf auth login                                          once, with a token that may write\n"
+    "  msgfm push runs/mine me/my-msgfm --dry-run             what would be pushed\n"
+    "  msgfm push runs/mine me/my-msgfm --private\n"
+    "  msgfm push shards me/my-shards                         load_dataset(..., streaming=True) reads it",
     "convert": "Turns the weights of another program into a folder that from_pretrained loads, with its processor:\n"
     "MsGFMForPreTraining where the source has a decoder, MsGFMForImageClassification where it has a classifier,\n"
     "else MsGFMModel. Features are those of the original. What became of each tensor is printed, and written to\n"
