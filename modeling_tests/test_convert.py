@@ -195,6 +195,25 @@ def test_classifiers_have_the_logits_of_the_original(kind, options, tmp_path):
         torch.testing.assert_close(model(images).logits, logits, atol=FEATURES[kind], rtol=0)
 
 
+def test_swinv2_sees_through_its_mask_where_its_scores_are_sharp(tmp_path, monkeypatch):
+    """It adds -100 to the scores of tokens that the roll brought, which cosines times 100 can outweigh."""
+    tensors = make_source("v2")
+    for key in tensors:
+        if key.endswith("logit_scale"):
+            tensors[key] = torch.full_like(tensors[key], math.log(100))
+    convert_checkpoint(save(tmp_path, tensors), tmp_path / "out")
+    model, images = MsGFMModel.from_pretrained(tmp_path / "out").double(), torch.randn(2, 3, 64, 64).double()
+    tensors = {key: value.double() if value.is_floating_point() else value for key, value in tensors.items()}
+    with torch.no_grad():
+        expected = forward(tensors, images, HEADS, 4)["tokens"]
+        torch.testing.assert_close(model(images).last_hidden_state, expected, atol=1e-6, rtol=0)
+        # A size that needs padding still hides the padding altogether.
+        assert model(images[..., :50, :58]).last_hidden_state.isfinite().all()
+        mask = swin_reference.shift_mask
+        monkeypatch.setattr(swin_reference, "shift_mask", lambda *arguments: mask(*arguments) * 1e6)
+        assert (expected - forward(tensors, images, HEADS, 4)["tokens"]).abs().max() > 1e-3
+
+
 def test_a_trunk_alone_is_a_model_and_a_bare_state_dict_will_do(tmp_path):
     tensors = make_source("v1", channels=2)
     save_file(tensors, tmp_path / "source.safetensors")
@@ -228,6 +247,15 @@ def test_swin_moe_routes_as_the_original_and_drops_what_it_drops(cosine_router, 
         selected = model.msgfm(images, output_router_logits=True).selected_experts[0].flatten()
     assert torch.equal(torch.where(selected == 4, -1, selected), expected["experts"][0])
     assert bool((selected == 4).any()) == (capacity_factor is not None)
+
+
+def test_biases_of_older_tutel_are_matrices(tmp_path):
+    tensors = moe_source()
+    older = {k: v.unsqueeze(1) if k.endswith("_bias") and ".experts." in k else v for k, v in tensors.items()}
+    convert_checkpoint(save(tmp_path, {"model": tensors}, "new.pth.global"), tmp_path / "new")
+    convert_checkpoint(save(tmp_path, {"model": older}, "old.pth.global"), tmp_path / "old")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("new", "old"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def write_ranks(folder, tensors, world, whole=False, experts=4):
@@ -310,8 +338,7 @@ SMALL = {
     "num_heads": [2, 4],
     "window_size": 4,
     "encoder_stride": 8,
-    "layer_norm_eps": 1e-6,
-    "hidden_act": "gelu",
+    "hidden_act": "gelu_new",
 }
 
 
@@ -361,7 +388,7 @@ def test_transformers_swin_gives_the_same_numbers(cls, config, names, tmp_path):
             expected = original(images)
             torch.testing.assert_close(model(images).last_hidden_state, expected.last_hidden_state, atol=1e-4, rtol=0)
             torch.testing.assert_close(model(images).pooler_output, expected.pooler_output, atol=1e-4, rtol=0)
-    assert model.config.layer_norm_eps == 1e-6 and model.config.drop_path_rate == 0.1
+    assert model.config.hidden_act == "gelu_new" and model.config.drop_path_rate == 0.1
 
 
 def test_statistics_of_a_transformers_processor_are_kept_and_shards_are_joined(tmp_path):

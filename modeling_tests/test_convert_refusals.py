@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import SwinConfig, SwinModel, ViTConfig, ViTModel
+from transformers import SwinConfig, SwinForMaskedImageModeling, SwinModel, ViTConfig, ViTModel
 
 from msgfm_hf.convert.checkpoint import convert_checkpoint
 from msgfm_hf.convert.windows import resize_table
@@ -98,12 +98,24 @@ def test_folders_and_names(tmp_path):
         refuse(tmp_path, [tmp_path / "swin"], match)
     (tmp_path / "swin/config.json").write_text(json.dumps({**config, "use_absolute_embeddings": True}))
     refuse(tmp_path, [tmp_path / "swin"], "`SRC` must have no absolute position embeddings")
+    (tmp_path / "swin/config.json").write_text(json.dumps({**config, "layer_norm_eps": 1e-3}))
+    refuse(tmp_path, [tmp_path / "swin"], "`SRC` must have a layer_norm_eps of 1e-05, got 0.001")
+    (tmp_path / "swin/config.json").write_text(json.dumps({**config, "image_size": "large"}))
+    refuse(
+        tmp_path, [tmp_path / "swin"], "`SRC` must hold tensors of the shapes, and settings of the types, that its lay"
+    )
     (tmp_path / "swin/config.json").write_text(json.dumps({**config, "window_size": 7}))
     refuse(
         tmp_path, [tmp_path / "swin"], "`SRC` must have windows that fit its own configuration, 7 tokens at 64 pixels"
     )
     (tmp_path / "swin/config.json").write_text(json.dumps(config))
     next((tmp_path / "swin").glob("model-*.safetensors")).unlink()
+    index = tmp_path / "swin/model.safetensors.index.json"
+    whole = index.read_text()
+    index.write_text('{"weight_map": [1]}')
+    refuse(tmp_path, [tmp_path / "swin"], r"`SRC` must name its files in model.safetensors.index.json, got \[1\]")
+    index.write_text(whole)
+    refuse(tmp_path, [], "`SRC` must be at least one file or folder, got none")
     refuse(tmp_path, [tmp_path / "swin"], "`SRC` must be an existing file, got", FileNotFoundError)
     ViTModel(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)).save_pretrained(
         tmp_path / "vit"
@@ -381,6 +393,58 @@ BLOCK = "layers.0.blocks.1."
 )
 def test_tensors_that_do_not_fit(tensors, match, tmp_path):
     refuse(tmp_path, save(tmp_path, tensors), match)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "key",
+    [
+        "patch_embed.proj.weight",
+        BLOCK + "attn.relative_position_bias_table",
+        BLOCK + "attn_mask",
+        BLOCK + "mlp.fc1.weight",
+        "head.weight",
+        "layers.0.downsample.norm.weight",
+    ],
+)
+def test_any_shape_gives_one_clear_error(key, shape, tmp_path):
+    refuse(tmp_path, save(tmp_path, {**SWIN, key: torch.zeros(shape)}), "`SRC` must ")
+
+
+def test_a_decoder_of_another_stride(tmp_path):
+    config = SwinConfig(**{**SMALL, "encoder_stride": 16})
+    SwinForMaskedImageModeling(config).save_pretrained(tmp_path / "swin")
+    refuse(
+        tmp_path,
+        [tmp_path / "swin"],
+        "`SRC` must have a decoder of the 8 x 8 pixels that its stages make .* encoder_str",
+    )
+
+
+def test_numbers_too_large_for_float32(tmp_path):
+    refuse(
+        tmp_path,
+        save(tmp_path, {**SWIN, "norm.bias": torch.full((32,), 1e300, dtype=torch.float64)}),
+        "`SRC` must hold finite numbers, got NaN or infinity in what becomes layernorm.bias",
+    )
+
+
+def test_a_sensor_that_cannot_be_a_module(tmp_path):
+    refuse(
+        tmp_path,
+        save(tmp_path, SWIN),
+        "`sensors` must have ids that name no attribute of a module, got 'items'",
+        sensor="items",
+        bands=["a", "b", "c"],
+    )
+
+
+def test_maps_that_are_no_whole_windows_are_remarked_on(tmp_path):
+    source = save(tmp_path, torchvision_names(make_source(classes=3)))
+    report = convert_checkpoint(source, tmp_path / "out", image_size=72)
+    assert any("no whole windows" in remark for remark in report["remarks"])
+    report = convert_checkpoint(source, tmp_path / "fits", image_size=96)
+    assert not any("no whole windows" in remark for remark in report["remarks"])
 
 
 def test_a_window_that_does_not_fit_the_image(tmp_path):

@@ -435,6 +435,7 @@ def in_base64(content):
 
 
 def npz(array, **more):
+    """One array, and more of them."""
     buffer = io.BytesIO()
     np.savez(buffer, array, **more)
     return in_base64(buffer.getvalue())
@@ -497,7 +498,7 @@ def refused(tiff="", image=0):
         ("no base64!", {}, "`s1` must be in base64"),
         (in_base64(b"neither picture nor file"), {}, "`s1` must be a picture, a GeoTIFF or an npz"),
         (tiff[: len(tiff) // 8 * 4], {}, "TIFF"),
-        (npz(image, more=image), {}, "`s1` must hold one array, got arr_0, more"),
+        (npz(image, more=image), {}, "`s1` must hold one array, got more, arr_0"),
         (npz(np.zeros(3)), {}, "`s1` must be (bands, height, width), got shape (3,)"),
         (npz(np.array([{}], dtype=object)), {}, "allow_pickle"),
         (in_base64(b"PK\x03\x04 and no more"), {}, "`s1` must be a readable npz"),
@@ -583,7 +584,7 @@ def test_folders_that_cannot_be_pushed(tmp_path):
 
     fails("none", "`DIR` must be an existing folder, got '.*none'", error=FileNotFoundError)
     (tmp_path / "empty").mkdir()
-    fails("empty", "must hold shards")
+    fails("empty", "`DIR` must hold a checkpoint .config.json. or shards, got '.*empty' without")
     save(tmp_path / "model", sensors=tiny_models.RGB)
     fails("model", "`REPO_ID` must be owner/name, got 'x'", "x")
     fails("model", "`nothing.yaml` must be an existing file", error=FileNotFoundError, card=tmp_path / "nothing.yaml")

@@ -24,6 +24,9 @@ class Architecture:
         num_bands: input channels.
         windows: per stage, the side of the windows that its biases were learned with, in tokens.
         pretrained_windows: per stage, the window whose offsets a `log_cpb` network was learned with.
+        whole_windows: whether the maps of the source's images are whole windows.
+        decoder_bands: what a decoder predicts, if there is one.
+        labels: names of classes, where the source has some.
     """
 
     fields: dict
@@ -31,6 +34,7 @@ class Architecture:
     num_bands: int
     windows: list[int]
     pretrained_windows: list[int]
+    whole_windows: bool
     decoder_bands: int | None = None
     labels: dict[int, str] = field(default_factory=dict)
 
@@ -99,6 +103,12 @@ def read_architecture(
     stride = patch_size * 2 ** (len(depths) - 1)
     decoder = tensors.get(f"decoders.{SENSOR}.weight")
     decoder_bands = None
+    if decoder is not None and stated.get("encoder_stride", stride) != stride:
+        _refuse(
+            f"have a decoder of the {stride} x {stride} pixels that its stages make of a token",
+            f"encoder_stride {stated['encoder_stride']}",
+            "This architecture's decoders have no other.",
+        )
     if decoder is not None:
         decoder_bands, rest = divmod(len(decoder), stride**2)
         # SimMIM's decoder always has the three bands of a picture, GFM's those of the input.
@@ -167,7 +177,9 @@ def read_architecture(
             fields[name], origins[name] = stated[name], "stored configuration"
     if "mask_patch_size" not in fields:
         fields["mask_patch_size"], origins["mask_patch_size"] = stride, "the encoder's stride"
-    return Architecture(fields, origins, num_bands, windows, pretrained, decoder_bands, stated.get("id2label", {}))
+    whole = not any(grid % window for grid, window in zip(grids, windows, strict=True))
+    labels = stated.get("id2label", {})
+    return Architecture(fields, origins, num_bands, windows, pretrained, whole, decoder_bands, labels)
 
 
 def _refuse(rule: str, value: str, remedy: str = "Fetch the file again, or convert it with the program that wrote it."):

@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from msgfm_hf.model.configuration_msgfm import MsGFMConfig
 from msgfm_hf.model.heads_msgfm import MsGFMForImageClassification
@@ -97,6 +99,40 @@ def convert_checkpoint(
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}. Correct it.")
     source = read_source(sources)
+    with _foreign_shapes():
+        model, report = _convert(source, layout, image_size, sensor, bands, num_experts, window_size)
+    _write(model, MsGFMImageProcessor.from_config(model.config), {**report, "command": command}, out)
+    return {**report, "command": command}
+
+
+@contextmanager
+def _foreign_shapes() -> Iterator[None]:
+    """Any tensor of a foreign file may have any shape, and any entry of its configuration any type.
+
+    Raises:
+        ValueError: for what goes wrong for that reason.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ImportError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            "`SRC` must hold tensors of the shapes, and settings of the types, that its layout has, got "
+            f"{type(error).__name__}: {str(error)[:300]}. It is damaged, or of another program."
+        ) from error
+
+
+def _convert(
+    source: Source | RankFiles,
+    layout: str,
+    image_size: int | None,
+    sensor: str,
+    bands: Sequence[str] | None,
+    num_experts: int | None,
+    window_size: int | None,
+) -> tuple[MsGFMPreTrainedModel, dict]:
+    """The model, and the report on it."""
     if isinstance(source, RankFiles):
         source = swin_moe.merge_ranks(source)
     found = _find_layout(source, layout)
@@ -117,10 +153,14 @@ def convert_checkpoint(
     _fit_bands(translation, architecture, config, spec)
     model = _build(translation, config, "decoders" if architecture.decoder_bands is not None else "")
     translation.finish()
-    report = {
+    if not architecture.whole_windows:
+        translation.remarks.append(
+            f"at {config.image_size} pixels the maps are no whole windows: the source lets tokens see what fills them "
+            "up, here they do not, so numbers differ; where maps are whole windows they are equal"
+        )
+    return model, {
         "layout": found.NAME,
         "model_class": type(model).__name__,
-        "command": command,
         "files": [{"name": path.name, "bytes": path.stat().st_size, "sha256": _digest(path)} for path in source.paths],
         "other_entries": source.entries,
         "config": {
@@ -135,8 +175,6 @@ def convert_checkpoint(
         "target_keys": _target_keys(translation, model),
         "remarks": translation.remarks,
     }
-    _write(model, MsGFMImageProcessor.from_config(config), report, out)
-    return report
 
 
 def format_conversion(report: dict) -> str:
@@ -193,16 +231,15 @@ def _check_left(translation: Translation, layout: str):
             f"`SRC` must hold only tensors that are known in the layout {layout!r}, got {len(left)} others: "
             f"{', '.join(left[:5])}. Another model or version wrote it; nothing was converted."
         )
+    types = {str(tensor.dtype).removeprefix("torch.") for tensor in translation.tensors.values()} - {"float32"}
     for name, tensor in translation.tensors.items():
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
+        translation.tensors[name] = tensor.float()
+        if not tensor.is_floating_point() or not translation.tensors[name].isfinite().all():
             seen = "NaN or infinity" if tensor.is_floating_point() else tensor.dtype
             raise ValueError(
                 f"`SRC` must hold finite numbers, got {seen} in what becomes {name}. It is damaged, or its training "
                 "diverged: take an earlier one."
             )
-    types = {str(tensor.dtype).removeprefix("torch.") for tensor in translation.tensors.values()} - {"float32"}
-    for name, tensor in translation.tensors.items():
-        translation.tensors[name] = tensor.float()
     if types:
         translation.remarks.append(f"weights of {' and '.join(sorted(types))} are saved as float32")
 
@@ -462,5 +499,7 @@ def _write(model: MsGFMPreTrainedModel, processor: MsGFMImageProcessor, report: 
         (temporary / REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         temporary.chmod(0o755)
         os.replace(temporary, out)
+    except SafetensorError as error:
+        raise OSError(f"`--out` must be writable, got {str(out)!r} ({error}). Make room; nothing was kept.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

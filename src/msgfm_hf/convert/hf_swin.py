@@ -55,7 +55,7 @@ _STATED = (
     "hidden_dropout_prob",
     "attention_probs_dropout_prob",
     "drop_path_rate",
-    "layer_norm_eps",
+    "encoder_stride",
 )
 
 
@@ -68,14 +68,24 @@ def stated(source: Source) -> dict:
     """What `config.json` says.
 
     Raises:
-        ValueError: for absolute position embeddings, which this architecture does not have.
+        ValueError: for absolute position embeddings, which this architecture does not have, and for norms of another
+            epsilon.
     """
     if source.config.get("use_absolute_embeddings"):
         raise ValueError(
-            "`SRC` must have no absolute position embeddings, got use_absolute_embeddings=true in config.json. This "
-            "architecture has no such option."
+            "`SRC` must have no absolute position embeddings, got use_absolute_embeddings=true in config.json. There "
+            "is no such option here."
+        )
+    if source.config.get("layer_norm_eps", 1e-5) != 1e-5:
+        raise ValueError(
+            f"`SRC` must have a layer_norm_eps of 1e-05, got {source.config['layer_norm_eps']}. Transformers applies it "
+            "to some norms only, here all have the same."
         )
     fields = {name: source.config[name] for name in _STATED if source.config.get(name) is not None}
+    for name in ("image_size", "patch_size"):
+        # Of squares, pairs too.
+        if isinstance(fields.get(name), list | tuple) and len(set(fields[name])) == 1:
+            fields[name] = fields[name][0]
     labels = source.config.get("id2label")
     if labels:
         fields["id2label"] = {int(number): label for number, label in labels.items()}

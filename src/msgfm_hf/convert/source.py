@@ -67,6 +67,8 @@ def read_source(paths: Sequence[str | Path]) -> Source | RankFiles:
         ValueError: for files that cannot be read, do not belong together, or hold a class that is not known.
     """
     paths = [Path(path) for path in paths]
+    if not paths:
+        raise ValueError("`SRC` must be at least one file or folder, got none. Name it.")
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"`SRC` must be an existing file or folder, got {str(path)!r}. Check the name.")
@@ -108,7 +110,10 @@ def _read_folder(folder: Path) -> Source:
             "without them. Name the file inside it."
         )
     if name.endswith(".index.json"):
-        files = sorted(set(_read_json(folder / name).get("weight_map", {}).values()))
+        index = _read_json(folder / name).get("weight_map")
+        if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
+            raise ValueError(f"`SRC` must name its files in {name}, got {index!r}. Fetch it again.")
+        files = sorted(set(index.values()))
         parts = [_read_file(folder / file) for file in files]
         source = Source([folder / file for file in files], {k: v for part in parts for k, v in part.tensors.items()})
     else:

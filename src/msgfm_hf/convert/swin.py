@@ -66,8 +66,7 @@ def stated(source: Source) -> dict:
     Raises:
         ValueError: for an option that this architecture does not have.
     """
-    model = source.config.get("MODEL") or {}
-    data = source.config.get("DATA") or {}
+    model, data = source.config.get("MODEL") or {}, source.config.get("DATA") or {}
     kind = model.get(str(model.get("TYPE", "")).upper()) or {}
     for name, usual in _WITHOUT:
         if kind.get(name, usual) != usual:

@@ -43,6 +43,8 @@ def translate(source: Source) -> Translation:
     translation.match(_RULES)
     translation.match(RULES)
     for name, tensor in list(translation.tensors.items()):
+        if name.endswith("_proj_bias") and tensor.ndim == 3:
+            translation.change(name, tensor.squeeze(1), "as a matrix, which older versions of Tutel do when they load")
         if name.endswith(".experts.down_proj"):
             translation.change(name, tensor.transpose(1, 2).contiguous(), "transposed, (experts, out, hidden)")
             _add_bias(translation, name + "_bias", (tensor.shape[0], tensor.shape[2]))

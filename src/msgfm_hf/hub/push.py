@@ -188,7 +188,14 @@ def prepare_shards(folder: Path, repo_id: str, facts: CardFacts, staging: Path) 
         ValueError: if the folder holds no shards.
     """
     files = {}
-    for source in find_sources(folder):
+    try:
+        sources = find_sources(folder)
+    except ValueError as error:
+        raise ValueError(
+            f"`DIR` must hold a checkpoint (config.json) or shards, got {str(folder)!r} without. `msgfm shards` makes "
+            "shards."
+        ) from error
+    for source in sources:
         for path in sorted(Path(source).iterdir()):
             if path.suffix == ".parquet" or path.name in ("manifest.json", "left_out.csv"):
                 files[f"data/{Path(source).name}/{path.name}"] = path

@@ -6,6 +6,7 @@ import difflib
 import math
 
 from huggingface_hub.dataclasses import strict
+from torch import nn
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
@@ -219,6 +220,11 @@ class MsGFMConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(
                     f"`sensors` must be keyed by the id of each sensor, got {sensor!r} for {spec.get('id')!r}. "
                     "Use `{spec.id: spec.to_dict()}`."
+                )
+            # Modules are kept by these ids, beside the attributes of their container.
+            if hasattr(nn.ModuleDict, sensor) or sensor == "training":
+                raise ValueError(
+                    f"`sensors` must have ids that name no attribute of a module, got {sensor!r}. Give it another id."
                 )
         need(self.inputs, "inputs", "name at least one sensor and its bands", "For example {'s1': ['VV', 'VH']}.")
         for sensor, bands in self.inputs.items():

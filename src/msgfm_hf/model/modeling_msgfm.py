@@ -38,6 +38,8 @@ from .sensors import SensorSpec
 
 logger = logging.get_logger(__name__)
 
+# What SwinV2 adds to the score of a token that the roll brought. Its cosines, times up to 100, can outweigh it.
+WRAPPED_SCORE = -100.0
 # A new band takes over a trained kernel only from a band this close to it.
 MAX_BAND_DISTANCE_NM = 60.0
 # Width of the cosine router's space, and what it first divides cosines by (Swin-MoE's settings).
@@ -315,6 +317,7 @@ class Windows(NamedTuple):
     order: torch.Tensor  # int64 (windows * M,), which token of the grid lies there; h * w = padding
     place: torch.Tensor  # int64 (h * w,), the inverse: where each token of the grid lies
     visible: torch.Tensor | None  # bool (windows, M, M), [n, query, key]; None: every token sees all of its window
+    wrapped: torch.Tensor | None  # of what is not visible, tokens that the roll brought; None: there are none
 
 
 def cut_windows(grid: tuple[int, int], window: int, shift: int, device: torch.device) -> Windows:
@@ -336,12 +339,13 @@ def cut_windows(grid: tuple[int, int], window: int, shift: int, device: torch.de
     order = cut(tokens).flatten()
     place = order.argsort(stable=True)[: height * width]
     if not shift and (rows, columns) == (height, width):
-        return Windows(order, place, None)
+        return Windows(order, place, None, None)
     wrapped_rows = torch.arange(rows, device=device) >= rows - shift
     wrapped_columns = torch.arange(columns, device=device) >= columns - shift
     region = 2 * wrapped_rows[:, None] + wrapped_columns[None, :] + 4 * (tokens == height * width)
     region = cut(region)
-    return Windows(order, place, region.unsqueeze(2) == region.unsqueeze(1))
+    visible = region.unsqueeze(2) == region.unsqueeze(1)
+    return Windows(order, place, visible, ~visible & (region < 4).unsqueeze(1) if shift else None)
 
 
 def eager_attention_forward(
@@ -427,9 +431,9 @@ class MsGFMWindowAttention(nn.Module):
         return table.t().index_select(1, self.relative_position_index).view(1, self.num_heads, side, side)
 
     def forward(
-        self, hidden_states: torch.Tensor, visible: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
+        self, hidden_states: torch.Tensor, cut: Windows, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B * windows, M, D) and `Windows.visible` -> the same shape, and attention (B * windows, heads, M, M)."""
+        """(B * windows, M, D), and how they were cut -> the same shape, and attention (B * windows, heads, M, M)."""
         windows, tokens, dim = hidden_states.shape
         qkv = self.qkv(hidden_states)
         if self.cosine and self.q_bias is not None:
@@ -442,8 +446,12 @@ class MsGFMWindowAttention(nn.Module):
             query = F.normalize(query, dim=-1, eps=epsilon) * scale.to(query.dtype)
             key = F.normalize(key, dim=-1, eps=epsilon)
         mask = self.position_bias().to(query.dtype)
-        if visible is not None:
-            mask = mask.masked_fill(~visible.unsqueeze(1), torch.finfo(mask.dtype).min / 2)
+        if cut.visible is not None:
+            hidden = ~cut.visible
+            if self.cosine and cut.wrapped is not None:
+                hidden = hidden & ~cut.wrapped
+                mask = mask + WRAPPED_SCORE * cut.wrapped.unsqueeze(1).to(mask.dtype)
+            mask = mask.masked_fill(hidden.unsqueeze(1), torch.finfo(mask.dtype).min / 2)
 
         implementation = self.config._attn_implementation
         # On CPU, SDPA with a mask that needs a gradient takes an unfused path: in bf16 three times as slow.
@@ -452,9 +460,9 @@ class MsGFMWindowAttention(nn.Module):
             implementation = "eager"
             if kwargs.get("output_attentions"):
                 logger.warning_once("SDPA returns no attention weights: use `set_attn_implementation('eager')`.")
-        if implementation != "eager" and visible is not None:
+        if implementation != "eager" and cut.visible is not None:
             # The kernels want one mask per window. Repeating it costs less than giving windows and heads one axis.
-            mask = mask.repeat(windows // visible.shape[0], 1, 1, 1)
+            mask = mask.repeat(windows // cut.visible.shape[0], 1, 1, 1)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
         context, attention = attend(self, query, key, value, mask, scaling=self.scaling, dropout=dropout, **kwargs)
@@ -782,7 +790,7 @@ class MsGFMLayer(GradientCheckpointingLayer):
         # One gather each way, where rolling, padding and cutting would copy all tokens several times.
         hidden_states = hidden_states.index_select(1, windows.order)
         side = self.attention.config.window_size**2
-        hidden_states, attention = self.attention(hidden_states.view(-1, side, dim), windows.visible, **kwargs)
+        hidden_states, attention = self.attention(hidden_states.view(-1, side, dim), windows, **kwargs)
         return hidden_states.view(batch_size, -1, dim).index_select(1, windows.place), attention
 
 
