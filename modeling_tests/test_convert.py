@@ -196,8 +196,8 @@ def test_classifiers_have_the_logits_of_the_original(kind, options, tmp_path):
 
 
 def test_swinv2_sees_through_its_mask_where_its_scores_are_sharp(tmp_path, monkeypatch):
-    """It adds -100 to the scores of tokens that the roll brought, which cosines times 100 can outweigh: here queries are
-    opposed to the keys of their own half of the image, and like those of the other."""
+    """It adds -100 to the scores of tokens that the roll brought, which cosines times 100 can outweigh: here queries
+    are opposed to the keys of their own half of the image, and like those of the other."""
     tensors = make_source("v2")
     for key, value in tensors.items():
         if key.endswith("logit_scale"):

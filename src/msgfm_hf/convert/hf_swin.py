@@ -78,8 +78,8 @@ def stated(source: Source) -> dict:
         )
     if source.config.get("layer_norm_eps", 1e-5) != 1e-5:
         raise ValueError(
-            f"`SRC` must have a layer_norm_eps of 1e-05, got {source.config['layer_norm_eps']}. Transformers gives it to "
-            "some norms only, here all have the same."
+            f"`SRC` must have a layer_norm_eps of 1e-05, got {source.config['layer_norm_eps']}. In Transformers only "
+            "some norms have it, here all have the same."
         )
     fields = {name: source.config[name] for name in _STATED if source.config.get(name) is not None}
     for name in ("image_size", "patch_size"):

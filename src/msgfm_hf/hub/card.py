@@ -142,6 +142,7 @@ class CardFacts:
         license (`str`): an id of the Hub, such as `apache-2.0`; license_name and license_link for `other`.
         base_model (`str`): id of the model on the Hub that this was made of.
         tags, datasets (`list[str]`): of the Hub, besides the usual ones.
+        gsd (`dict[str, str]`): {sensor: ground sampling distances of the training data, such as "0.6 to 1 m"}.
         training_data (`list[dict]`): `name`, `license`, and optionally `url`, `note`.
         intended_use, limits, beware (`list[str]`): lines that are added to the usual ones.
         results (`list`): entries of `Result`, or names of files beside `card.yaml`: JSON or YAML lists of such entries,
@@ -156,6 +157,7 @@ class CardFacts:
     base_model: str | None = None
     tags: list[str] = field(default_factory=list)
     datasets: list[str] = field(default_factory=list)
+    gsd: dict[str, str] = field(default_factory=dict)
     training_data: list[dict] = field(default_factory=list)
     intended_use: list[str] = field(default_factory=list)
     limits: list[str] = field(default_factory=list)
@@ -174,13 +176,15 @@ def read_facts(path: str | Path | None) -> CardFacts:
         return CardFacts()
     path = Path(path)
     entries = _read_yaml(path)
-    kinds = {item.name: list if item.default_factory is list else str for item in fields(CardFacts)}
+    kinds = {
+        item.name: item.default_factory if item.default_factory in (list, dict) else str for item in fields(CardFacts)
+    }
     unknown = sorted(set(entries) - set(kinds))
     if unknown:
         raise ValueError(f"`{path.name}` has the entries {', '.join(kinds)}, got {', '.join(unknown)}. Remove them.")
     for name, value in entries.items():
         if not isinstance(value, kinds[name]):
-            kind = {list: "a list", str: "text"}[kinds[name]]
+            kind = {list: "a list", dict: "entries", str: "text"}[kinds[name]]
             raise ValueError(f"`{name}` of {path.name} must be {kind}, got {value!r}. Correct it.")
     for data in entries.get("training_data", ()):
         if not isinstance(data, dict) or not data.get("name") or set(data) - {"name", "license", "url", "note"}:
@@ -270,8 +274,17 @@ def render_model_card(
 
     Returns:
         `ModelCard`: its text and metadata, `model-index` among them.
+
+    Raises:
+        ValueError: for facts on sensors that the checkpoint does not have.
     """
     auto, tag, task = CLASSES[architecture]
+    unknown = sorted(set(facts.gsd) - set(config.sensors))
+    if unknown:
+        raise ValueError(
+            f"`gsd` must be of sensors of the checkpoint ({', '.join(config.sensors)}), got {', '.join(unknown)}. "
+            "Correct it."
+        )
     name = facts.name or repo_id.rsplit("/", 1)[-1]
     data = ModelCardData(
         library_name="transformers",
@@ -297,7 +310,7 @@ def render_model_card(
         or "Made with `msgfm_hf`, an open implementation of msGFM. It is not a checkpoint of the paper's authors, who "
         "released none.",
         snippet=_model_snippet(repo_id, auto, task, config, example),
-        sensors=[_sensor_row(SensorSpec.from_dict(spec), config) for spec in config.sensors.values()],
+        sensors=[_sensor_row(SensorSpec.from_dict(spec), config, facts) for spec in config.sensors.values()],
         statistics="; ".join(
             f"{sensor}: {spec['source'] or NOT_STATED}" for sensor, spec in sorted(config.sensors.items())
         ),
@@ -434,7 +447,7 @@ def _eval_result(result: Result, tag: str) -> EvalResult:
     )
 
 
-def _sensor_row(spec: SensorSpec, config: MsGFMConfig) -> dict[str, str]:
+def _sensor_row(spec: SensorSpec, config: MsGFMConfig, facts: CardFacts) -> dict[str, str]:
     distances = sorted({band.gsd for band in spec.bands if band.gsd is not None})
     expected = config.inputs.get(spec.id)
     factors = f" (scale {spec.scale:.6g})" if spec.default_unit == "dn" else ""
@@ -444,6 +457,7 @@ def _sensor_row(spec: SensorSpec, config: MsGFMConfig) -> dict[str, str]:
         "file_unit": spec.default_unit + factors,
         "unit": spec.unit,
         "gsd": _range(distances),
+        "trained_gsd": facts.gsd.get(spec.id, NOT_STATED),
         "expected": ", ".join(expected) if expected else "",
     }
 

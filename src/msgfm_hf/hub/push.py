@@ -243,9 +243,8 @@ def _origin(conversion: dict) -> str | None:
 
 def _requirements() -> str:
     """What the code beside a checkpoint needs: Transformers as it was tested with, since its interfaces change."""
-    needed = ("torch", "huggingface_hub", "safetensors", "numpy", "pillow", "tifffile", "imagecodecs")
     stated = [line for line in metadata.requires("msgfm_hf") or () if "extra ==" not in line]
-    lines = [line for line in stated if any(line.lower().startswith(name) for name in needed)]
+    lines = [line for line in stated if not line.startswith(("transformers", "pyyaml"))]
     return "\n".join(sorted([*lines, f"transformers=={metadata.version('transformers')}"])) + "\n"
 
 
