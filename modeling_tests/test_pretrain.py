@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 import msgfm_hf
+from msgfm_hf.convert.checkpoint import convert_checkpoint
 from msgfm_hf.data.mixture import SourceOrder
 from msgfm_hf.data.shards import ShardImage, ShardRow, ShardSource, ShardWriter
 from msgfm_hf.model.sensors import SENSORS
@@ -40,6 +41,7 @@ from msgfm_hf.train.evaluate import evaluate_models
 from msgfm_hf.train.pictures import display_bands, draw_losses, draw_reconstruction, read_metrics
 from msgfm_hf.train.pretrain import Mixture, main, make_missing_data, pretrain
 from msgfm_hf.train.recipe import build_recipe
+from swin_reference import make_source
 from test_majortom import optical, radar
 from test_majortom import write as write_core
 
@@ -175,6 +177,51 @@ def assert_same_run(out, other, step=STEPS):
     assert left.keys() == right.keys()
     for number, moments in left.items():
         assert all(torch.equal(value, right[number][name]) for name, value in moments.items())
+
+
+# What a run starts from
+
+
+@pytest.fixture(scope="module")
+def relative(tmp_path_factory):
+    """A converted Swin with experts, of pictures from 0 to 1."""
+    folder = tmp_path_factory.mktemp("relative")
+    source = make_source("v1", embed_dim=12, depths=(1, 1, 2), num_heads=(1, 1, 2), window=3, image_size=48)
+    torch.save(source, folder / "swin.pth")
+    convert_checkpoint([folder / "swin.pth"], folder / "model", num_experts=2, image_size=48)
+    return folder / "model"
+
+
+def test_a_run_starts_from_a_converted_relative(relative, data, tmp_path):
+    changes = {"init_from": str(relative), "model": {"image_size": SIZE, "mask_patch_size": 8}, "learning_rate": 1e-30}
+    recipe = plan(data, tmp_path / "run", **changes, max_steps=1, eval_steps=1, save_steps=1, warmup_steps=0)
+    _, said = run(recipe)
+    assert f"Starts from {relative}: its encoder; sensors it knows: rgb; fresh: s1, s2" in said
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", relative))
+    for name, tensor in theirs.items():
+        if name.startswith(("encoder.", "layernorm.", "embeddings.patch_embeddings.rgb.")):
+            torch.testing.assert_close(ours[f"msgfm.{name}"], tensor, atol=1e-6, rtol=0)
+    assert {name.split(".")[1] for name in ours if name.startswith("decoders.")} == {"rgb", "s1", "s2"}
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["identity"]["init_from"] == str(relative)
+
+
+def test_a_run_from_a_relative_goes_on_exactly(relative, alone, tmp_path):
+    changes = {"init_from": str(relative), "model": {"image_size": SIZE, "mask_patch_size": 8}}
+    run(quick(alone, tmp_path / "whole", **changes))
+    run(quick(alone, tmp_path / "halves", **changes))
+    shutil.rmtree(tmp_path / "halves/checkpoints/step-00000008")
+    run(quick(alone, tmp_path / "halves", **changes), resume=True)
+    assert_same_run(tmp_path / "halves", tmp_path / "whole", step=8)
+
+
+def test_a_start_of_another_architecture_is_refused(relative, alone, tmp_path):
+    recipe = quick(alone, tmp_path / "run", init_from=str(relative), model={"depths": [1, 1, 3], "image_size": SIZE})
+    with pytest.raises(ValueError, match="`model` must keep the architecture of `init_from`, got another for"):
+        pretrain(recipe)
+    with pytest.raises(OSError, match="none"):
+        pretrain(quick(alone, tmp_path / "run", init_from=str(tmp_path / "none")))
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
 
 
 # What a run leaves

@@ -44,6 +44,7 @@ def test_snippets_run_one_after_the_other(name, code, namespace, monkeypatch, ca
         assert namespace["logits"].shape == (1, 5)
     if name == "pipelines":
         assert [v.shape for v in namespace["vectors"]] == [(1, 192)] * 2
+        assert namespace["optical"].shape == (2, 120, 133)
     if name == "trainer":
         assert namespace["trainer"].state.global_step == 1 and namespace["best"]["label"] in ("field", "forest")
     if name == "sensor":

@@ -231,6 +231,29 @@ def _leave_signals_to_the_run(worker: int):
         os.setpgrp()
 
 
+def _start_from(checkpoint: str, model: MsGFMForPreTraining) -> str:
+    """Give a model the encoder of a checkpoint, and what that has for the model's sensors; returns what was taken.
+
+    Raises:
+        ValueError: if the model has another encoder.
+    """
+    start = MsGFMForPreTraining.from_pretrained(checkpoint)
+    own, given = model.state_dict(), start.state_dict()
+    taken = {name: tensor for name, tensor in given.items() if name in own and own[name].shape == tensor.shape}
+    lacking = [name for name in own if name not in taken and name.startswith(("msgfm.encoder.", "msgfm.layernorm."))]
+    if lacking:
+        raise ValueError(
+            f"`model` must keep the architecture of `init_from`, got another for {checkpoint!r}: {len(lacking)} "
+            f"tensors differ, such as {lacking[0]}. Leave these fields out of `model`."
+        )
+    model.load_state_dict(taken, strict=False)
+    known = [sensor for sensor in model.config.sensors if sensor in start.config.sensors]
+    fresh = [sensor for sensor in model.config.sensors if sensor not in known]
+    return f"Starts from {checkpoint}: its encoder; sensors it knows: {', '.join(known) or 'none'}" + (
+        f"; fresh: {', '.join(fresh)}" if fresh else ""
+    )
+
+
 class Interrupt:
     """Ctrl-C and SIGTERM ask the run to save and stop; another Ctrl-C, two seconds later or more, stops at once.
 
@@ -332,6 +355,10 @@ class _Run:
         )
         self.processor = MsGFMImageProcessor.from_config(self.config)
         self.model = MsGFMForPreTraining(self.config)
+        if recipe.init_from:
+            told = _start_from(recipe.init_from, self.model)
+            if self.accelerator.is_main_process:
+                print(told)
         if recipe.gradient_checkpointing:
             self.model.activation_checkpointing_enable()
         self.made_by = _made_by(recipe, mixture, world, self.accelerator.mixed_precision)

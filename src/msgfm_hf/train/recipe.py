@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 
 import yaml
+from transformers import PreTrainedConfig
 
 from msgfm_hf.data.batch import LOSS_REGIONS
 from msgfm_hf.data.shards import find_sources
@@ -55,6 +56,9 @@ class Recipe:
     name: str = _option("run", "name of the run; its default folder is runs/NAME")
     output_dir: str = _option("", "folder of the run (default runs/NAME)")
     model_size: str = _option("tiny", "tiny, small or base (the paper's)")
+    init_from: str = _option(
+        "", "checkpoint to start from, a folder or a repository: its architecture, not `model_size`"
+    )
     model: dict = _option({}, "fields of MsGFMConfig that differ from the size, as YAML: '{num_experts: 8}'")
     make_data: str = _option("none", "make the shards in `data` where they are missing: synthetic, sample or none")
     data: list[str] = _option([], "folders of shards: a source, or a folder of sources")
@@ -170,8 +174,19 @@ class Recipe:
         return Path(self.output_dir or f"runs/{self.name}")
 
     def model_config(self, sensors: dict[str, dict], inputs: dict[str, list[str]]) -> MsGFMConfig:
-        """The configuration of the model this recipe trains, with exactly these sensors."""
-        return MsGFMConfig(**{**MODEL_SIZES[self.model_size], **self.model}, sensors=sensors, inputs=inputs)
+        """The configuration of the model this recipe trains, with exactly these sensors.
+
+        With `init_from` the architecture is that of the checkpoint, and so are the sensors that it knows: their
+        statistics belong to its weights.
+        """
+        if not self.init_from:
+            return MsGFMConfig(**{**MODEL_SIZES[self.model_size], **self.model}, sensors=sensors, inputs=inputs)
+        start = MsGFMConfig.from_pretrained(self.init_from)
+        everyones = {entry.name for entry in dataclasses.fields(PreTrainedConfig)}
+        own = [entry.name for entry in dataclasses.fields(MsGFMConfig) if entry.name not in everyones]
+        fields = {name: getattr(start, name) for name in own if not name.startswith("_")}
+        sensors = {sensor: start.sensors.get(sensor, spec) for sensor, spec in sensors.items()}
+        return MsGFMConfig(**{**fields, **self.model, "sensors": sensors, "inputs": inputs})
 
     def warmup(self, max_steps: int) -> int:
         return round(self.warmup_steps * max_steps) if self.warmup_steps < 1 else round(self.warmup_steps)
