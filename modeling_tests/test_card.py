@@ -1,6 +1,7 @@
 """Cards: rendered from what a checkpoint holds and its publisher states; no number without what made it."""
 
 import json
+from pathlib import Path
 
 import pytest
 import rasterio
@@ -16,6 +17,7 @@ from msgfm_hf.model.image_processing_msgfm import read_geotiff
 from swin_reference import make_source
 from test_convert import save
 
+ROOT = Path(__file__).resolve().parents[1]
 RESULT = {
     "task": "s1 → s2",
     "dataset": "terramesh",
@@ -155,6 +157,14 @@ def test_eval_results_are_written_for_benchmarks_of_the_hub_only():
     (entry,) = yaml.safe_load(render_eval_results(CardFacts(results=[plain, benchmark])))
     assert entry["dataset"] == {"id": "a/b", "task_id": "c"} and entry["value"] == 0.368
     assert "msgfm evaluate" in entry["notes"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "hub_cards").glob("*.yaml")), ids=lambda path: path.name)
+def test_our_own_cards_render(path):
+    facts = read_facts(path)
+    text = str(card(facts, "MsGFMForPreTraining"))
+    assert facts.license in text and facts.beware[0] in text
+    assert all(f"| {result.task} | {result.dataset} (val) |" in text for result in facts.results)
 
 
 def test_a_widget_is_for_classes_and_masks_of_pictures():

@@ -295,6 +295,11 @@ NEAR = (
 
     import numpy as np
     from msgfm_hf.data.shards import ShardSource
+    there = ShardSource("hf://datasets/tester/shards/data/harbour", "train")
+    here = ShardSource(sys.argv[3] + "/harbour", "train")
+    out["own reader"] = all(
+        (there.read(i)["images"]["rgb"].pixels == here.read(i)["images"]["rgb"].pixels).all() for i in range(len(here))
+    )
     names = {}
     exec(open(sys.argv[2]).read(), names)  # the snippet of the card
     out["snippet"], out["rows"] = names["row"]["source"], {}
@@ -569,7 +574,7 @@ def test_shards_are_pushed_with_their_card_and_streamed_back(hub, pushed, near):
     assert "| harbour | train | 5 | 5 | rgb |" in card
     assert "| harbour | `rgb` | red, green, blue | dn | uint8 | 0.6 m |" in card and "license: cc0-1.0" in card
     assert near["rows"] == {"harbour train": 5, "harbour val": 2, "meadow train": 5, "meadow val": 2}
-    assert near["snippet"] == "harbour"
+    assert near["snippet"] == "harbour" and near["own reader"]
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
