@@ -453,7 +453,7 @@ def test_a_window_that_does_not_fit_the_image(tmp_path):
     for key in tensors:
         if key.startswith("layers.0") and key.endswith("bias_table"):
             tensors[key] = torch.zeros(25, 2)
-    refuse(tmp_path, save(tmp_path, tensors), "`SRC` must have windows that fit 64 pixels", image_size=64)
+    refuse(tmp_path, save(tmp_path, tensors), "`SRC` must have windows that fit images of 64 pixels", image_size=64)
 
 
 @pytest.mark.parametrize(

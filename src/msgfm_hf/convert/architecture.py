@@ -12,6 +12,21 @@ from .translation import SENSOR, Translation
 _BLOCK = re.compile(r"encoder\.layers\.(\d+)\.blocks\.(\d+)\.(.+)")
 # Read from tensors, so a source that states something else is two checkpoints in one.
 _CHECKED = ("patch_size", "embed_dim", "depths", "num_heads", "mlp_ratio", "qkv_bias", "num_labels")
+# In no tensor: taken from what a source states, else the defaults.
+_TAKEN = (
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "drop_path_rate",
+    "hidden_act",
+    "mask_patch_size",
+)
+_TAKEN_WITH_EXPERTS = (
+    "num_experts_per_tok",
+    "capacity_factor",
+    "router_noise",
+    "router_aux_loss_type",
+    "router_aux_loss_coef",
+)
 
 
 @dataclass
@@ -46,7 +61,7 @@ def read_architecture(
 
     Args:
         translation: the tensors and buffers under the names of this layout.
-        stated: fields of `MsGFMConfig` (and `window_size`, `num_labels`, `in_chans`) that the source states.
+        stated: fields of `MsGFMConfig` (and `num_labels`, `id2label`, `encoder_stride`) that the source states.
         image_size: what the user says, for a source that does not tell.
         window_size: the same, for a source whose biases are a network of the offset and that has no buffers.
 
@@ -103,13 +118,13 @@ def read_architecture(
     stride = patch_size * 2 ** (len(depths) - 1)
     decoder = tensors.get(f"decoders.{SENSOR}.weight")
     decoder_bands = None
-    if decoder is not None and stated.get("encoder_stride", stride) != stride:
-        _refuse(
-            f"have a decoder of the {stride} x {stride} pixels that its stages make of a token",
-            f"encoder_stride {stated['encoder_stride']}",
-            "This architecture's decoders have no other.",
-        )
     if decoder is not None:
+        if stated.get("encoder_stride", stride) != stride:
+            _refuse(
+                f"have a decoder of the {stride} x {stride} pixels that its stages make of a token",
+                f"encoder_stride {stated['encoder_stride']}",
+                "This architecture's decoders have no other.",
+            )
         decoder_bands, rest = divmod(len(decoder), stride**2)
         # SimMIM's decoder always has the three bands of a picture, GFM's those of the input.
         if rest or decoder_bands not in (num_bands, 3):
@@ -118,7 +133,7 @@ def read_architecture(
                 f"{len(decoder)} channels",
             )
 
-    windows = _windows(stages, buffers, table, stated)
+    windows = _windows(stages, buffers, table)
     known_size = _image_size(buffers, windows, patch_size, len(depths), stated)
     if known_size is None and image_size is None:
         raise ValueError(
@@ -127,59 +142,55 @@ def read_architecture(
         )
     origins["image_size"] = "option" if image_size is not None else known_size[1]
     fields["image_size"] = image_size or known_size[0]
-    grids = [(known_size[0] if known_size else image_size) // patch_size // 2**stage for stage in range(len(depths))]
+    size = known_size[0] if known_size else image_size
+    grids = [size // patch_size // 2**stage for stage in range(len(depths))]
+    windows, fields["window_size"], origins["window_size"] = _check_windows(windows, grids, size, stated, window_size)
+
+    for name in (*_TAKEN, *(_TAKEN_WITH_EXPERTS if any(sparse) else ())):
+        if name in stated:
+            fields[name], origins[name] = stated[name], "stored configuration"
+    if "mask_patch_size" not in fields:
+        fields["mask_patch_size"], origins["mask_patch_size"] = stride, "the encoder's stride"
+    return Architecture(
+        fields=fields,
+        origins=origins,
+        num_bands=num_bands,
+        windows=windows,
+        pretrained_windows=_pretrained_windows(buffers, windows, stated),
+        whole_windows=not any(grid % window for grid, window in zip(grids, windows, strict=True)),
+        decoder_bands=decoder_bands,
+        labels=stated.get("id2label", {}),
+    )
+
+
+def _check_windows(
+    windows: list[int] | None, grids: list[int], size: int, stated: Mapping, window_size: int | None
+) -> tuple[list[int], int, str]:
+    """The windows of all stages, that of the model, and how it is known. A stage whose map is smaller than the window
+    has one of the map's size."""
+    wanted = stated.get("window_size")
     if windows is None:
-        base = stated.get("window_size", window_size)
+        base = window_size if wanted is None else wanted
         if base is None:
             raise ValueError(
                 "`--window-size` must say how large the windows of the source were, which it does not tell, got "
                 "nothing. Add `--window-size N` in tokens."
             )
-        windows = [min(base, grid) for grid in grids]
-        origins["window_size"] = "stored configuration" if "window_size" in stated else "option"
-    else:
-        base = max(windows)
-        origins["window_size"] = "tensors"
-        wanted = stated.get("window_size")
-        if wanted is not None and any(
-            window not in (wanted, min(wanted, g)) for window, g in zip(windows, grids, strict=True)
-        ):
-            _refuse(
-                f"have windows that fit its own configuration, {wanted} tokens at {fields['image_size']} pixels",
-                f"windows of {windows}",
-                "The two are of different checkpoints: fetch both again.",
-            )
-        if any(window not in (base, min(base, grid)) for window, grid in zip(windows, grids, strict=True)):
-            _refuse(
-                f"have windows that fit {fields['image_size']} pixels (token grids {grids})",
-                f"windows of {windows}",
-                "Correct `--image-size`, or fetch the file again.",
-            )
-    fields["window_size"] = base
-    pretrained = _pretrained_windows(buffers, windows, stated)
-
-    for name in (
-        "hidden_dropout_prob",
-        "attention_probs_dropout_prob",
-        "drop_path_rate",
-        "hidden_act",
-        "layer_norm_eps",
-        "mask_patch_size",
-        "num_experts_per_tok",
-        "capacity_factor",
-        "router_noise",
-        "router_aux_loss_type",
-        "router_aux_loss_coef",
+        return [min(base, grid) for grid in grids], base, "option" if wanted is None else "stored configuration"
+    for base, rule, remedy in (
+        (
+            wanted,
+            f"its own configuration, {wanted} tokens at",
+            "The two are of different checkpoints: fetch both again.",
+        ),
+        (max(windows), "images of", "Correct `--image-size`, or fetch the file again."),
     ):
-        if name in stated and (
-            any(sparse) or ("rout" not in name and name not in ("num_experts_per_tok", "capacity_factor"))
-        ):
-            fields[name], origins[name] = stated[name], "stored configuration"
-    if "mask_patch_size" not in fields:
-        fields["mask_patch_size"], origins["mask_patch_size"] = stride, "the encoder's stride"
-    whole = not any(grid % window for grid, window in zip(grids, windows, strict=True))
-    labels = stated.get("id2label", {})
-    return Architecture(fields, origins, num_bands, windows, pretrained, whole, decoder_bands, labels)
+        fits = base is None or all(w in (base, min(base, grid)) for w, grid in zip(windows, grids, strict=True))
+        if not fits:
+            _refuse(
+                f"have windows that fit {rule} {size} pixels (token grids {grids})", f"windows of {windows}", remedy
+            )
+    return windows, max(windows), "tensors"
 
 
 def _refuse(rule: str, value: str, remedy: str = "Fetch the file again, or convert it with the program that wrote it."):
@@ -262,7 +273,7 @@ def _merges_before_norm(tensors: Mapping[str, torch.Tensor], embed_dim: int, cos
     return cosine if norm is None else len(norm) == 2 * embed_dim
 
 
-def _windows(stages: list[list[dict]], buffers: Mapping, table: bool, stated: Mapping) -> list[int] | None:
+def _windows(stages: list[list[dict]], buffers: Mapping, table: bool) -> list[int] | None:
     """The side of each stage's windows, from its tables or buffers; `None` where neither is there."""
     windows = []
     for stage, blocks in enumerate(stages):
