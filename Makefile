@@ -37,7 +37,7 @@ quickstart: $(STAMP)  ## pretrain a tiny msGFM on synthetic scenes; under 5 minu
 	  --num_cpu_threads_per_process $$(nproc) pretrain.py --recipe quickstart --resume
 
 test: $(STAMP)  ## all tests; MSGFM_SAMPLE_DATA=FOLDER adds those on real imagery
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(STAMP)  ## ruff, formatting, and the architecture test
 	@$(BIN)/ruff check .

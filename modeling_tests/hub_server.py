@@ -25,7 +25,8 @@ def git_sha1(content):
 
 
 class Repository:
-    def __init__(self):
+    def __init__(self, private=False):
+        self.private = private
         first = hashlib.sha1(b"first").hexdigest()
         self.commits = {first: {}}  # sha -> {path: (content, is it LFS)}
         self.branches = {"main": first}
@@ -65,7 +66,7 @@ class Hub(ThreadingHTTPServer):
             for entry in self.faults:
                 if entry[2] > 0 and entry[0].search(request):
                     entry[2] -= 1
-                    return entry[1]
+                    return entry[1]  # `None` lets it pass
         return None
 
     def files(self, repo_id, kind="model", revision="main"):
@@ -155,6 +156,14 @@ class Handler(BaseHTTPRequestHandler):
     def _repository(self, kind, repo_id):
         return self.server.repositories.get((kind or "model", repo_id))
 
+    def _find(self, kind, repo_id, revision):
+        """The repository and the commit; what is missing is answered, and `None` instead of the commit."""
+        repository = self._repository(kind, repo_id)
+        sha = repository and repository.revision(revision)
+        if sha is None:
+            self._missing("Repo" if repository is None else "Revision")
+        return repository, sha
+
     # ----------------------------------------------------------------------------------------------------------- write
 
     def whoami(self):
@@ -169,7 +178,9 @@ class Handler(BaseHTTPRequestHandler):
             return self._answer({"error": "You don't have the rights to create a repository there"}, 403)
         if (kind, repo_id) in self.server.repositories:
             return self._answer({"error": "You already created this repo", "url": address}, 409)
-        self.server.repositories[kind, repo_id] = Repository()
+        self.server.repositories[kind, repo_id] = Repository(
+            asked.get("visibility") == "private" or bool(asked.get("private"))
+        )
         self._answer({"url": address, "name": repo_id, "id": repo_id})
 
     def validate_yaml(self):
@@ -247,12 +258,9 @@ class Handler(BaseHTTPRequestHandler):
     # ------------------------------------------------------------------------------------------------------------ read
 
     def info(self, kind, repo_id, revision="main"):
-        repository = self._repository(kind, repo_id)
-        if repository is None:
-            return self._missing("Repo")
-        sha = repository.revision(revision)
+        repository, sha = self._find(kind, repo_id, revision)
         if sha is None:
-            return self._missing("Revision")
+            return
         siblings = [{"rfilename": path} for path in sorted(repository.commits[sha])]
         self._answer(
             {
@@ -260,7 +268,7 @@ class Handler(BaseHTTPRequestHandler):
                 "modelId": repo_id,
                 "sha": sha,
                 "siblings": siblings,
-                "private": False,
+                "private": repository.private,
                 "gated": False,
                 "disabled": False,
                 "tags": [],
@@ -276,12 +284,9 @@ class Handler(BaseHTTPRequestHandler):
         return entry
 
     def tree(self, kind, repo_id, revision, path=""):
-        repository = self._repository(kind, repo_id)
-        if repository is None:
-            return self._missing("Repo")
-        sha = repository.revision(revision)
+        repository, sha = self._find(kind, repo_id, revision)
         if sha is None:
-            return self._missing("Revision")
+            return
         recursive = self.query.get("recursive", ["false"])[0].lower() in ("true", "1")
         prefix, entries = f"{path}/" if path else "", {}
         for name, stored in sorted(repository.commits[sha].items()):
@@ -298,12 +303,9 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(list(entries.values()))
 
     def paths_info(self, kind, repo_id, revision):
-        repository = self._repository(kind, repo_id)
-        if repository is None:
-            return self._missing("Repo")
-        sha = repository.revision(revision)
+        repository, sha = self._find(kind, repo_id, revision)
         if sha is None:
-            return self._missing("Revision")
+            return
         asked = json.loads(self.body)["paths"] if self.body.startswith(b"{") else parse_qs(self.body.decode())["paths"]
         files, found = repository.commits[sha], []
         for path in asked:
@@ -321,12 +323,9 @@ class Handler(BaseHTTPRequestHandler):
         self._answer({"branches": branches, "tags": [], "converts": []})
 
     def resolve(self, repo_id, revision, path, kind=None):
-        repository = self._repository(kind and kind[:-1], repo_id)
-        if repository is None:
-            return self._missing("Repo")
-        sha = repository.revision(revision)
+        repository, sha = self._find(kind and kind[:-1], repo_id, revision)
         if sha is None:
-            return self._missing("Revision")
+            return
         if path not in repository.commits[sha]:
             return self._missing("Entry", {"X-Repo-Commit": sha})
         content, large = repository.commits[sha][path]
@@ -349,7 +348,7 @@ for method in ("GET", "HEAD", "POST", "PUT"):
     setattr(Handler, f"do_{method}", Handler.serve)
 
 _API = r"/api/(?P<kind>model|dataset)s/(?P<repo_id>[\w.-]+/[\w.-]+)"
-_REVISION = r"(?P<revision>[^/]+)"
+_REVISION = r"(?P<revision>main|\w{40}|v\d|feature/x)"  # a name with a slash cannot be told from a path
 ROUTES = [
     (("GET",), r"/api/whoami-v2", Handler.whoami, True),
     (("POST",), r"/api/repos/create", Handler.create, True),

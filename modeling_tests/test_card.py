@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import rasterio
 import yaml
+from PIL import Image
 
 import tiny_models
 from msgfm_hf import MsGFMConfig, MsGFMForPreTraining, MsGFMImageProcessor
 from msgfm_hf.convert.checkpoint import convert_checkpoint
+from msgfm_hf.data.synthetic import make_synthetic_shards
 from msgfm_hf.hub.card import CardFacts, Result, hosted_widget, read_facts, render_eval_results, render_model_card
 from msgfm_hf.hub.examples import write_examples
 from msgfm_hf.hub.push import prepare_checkpoint, push_to_hub
@@ -73,6 +75,20 @@ def test_metadata_says_how_to_load_and_what_was_measured(tmp_path):
     assert "model-index" not in yaml.safe_load(str(card()).split("---")[1])
 
 
+def test_results_of_one_data_set_keep_their_tasks_and_sources():
+    """Entries of one task, data set and split are otherwise merged, under the first one's name."""
+    copied = {"origin": "copied", "source": "https://arxiv.org/abs/1", "value": 0.9}
+    entries = [RESULT, {**RESULT, "task": "s2 → s1", "value": 0.7}, {**RESULT, **copied}]
+    facts = CardFacts(results=[Result.from_dict(entry) for entry in entries])
+    found = yaml.safe_load(str(card(facts)).split("---")[1])["model-index"][0]["results"]
+    assert [(one["task"]["name"], one["metrics"][0]["value"]) for one in found] == [
+        ("s1 → s2", 0.368),
+        ("s2 → s1", 0.7),
+        ("s1 → s2", 0.9),
+    ]
+    assert [one.get("source", {}).get("url") for one in found] == [None, None, "https://arxiv.org/abs/1"]
+
+
 @pytest.mark.parametrize("missing", ["value", "n", "seed", "commit", "command", "origin", "metric", "task", "dataset"])
 def test_a_number_without_what_made_it_is_not_rendered(missing, tmp_path):
     entry = {name: value for name, value in RESULT.items() if name != missing}
@@ -87,6 +103,9 @@ def test_a_number_without_what_made_it_is_not_rendered(missing, tmp_path):
     [
         ({"value": "0.4"}, "`value` of 'masked L1' must be a finite number, got '0.4'"),
         ({"value": float("nan")}, "`value` of 'masked L1' must be a finite number, got nan"),
+        ({"seed": []}, "`results` must state .* without seed"),
+        ({"commit": "?"}, "`results` must state .* without commit"),
+        ({"command": " "}, "`results` must state .* without command"),
         ({"n": 0}, "`n` of 'masked L1' must be a whole number above 0, got 0"),
         ({"n": 2.5}, "`n` of 'masked L1' must be a whole number"),
         ({"origin": "remembered"}, "`origin` of 'masked L1' must be run or copied, got 'remembered'"),
@@ -105,6 +124,11 @@ def test_results_of_the_wrong_kind(change, match):
         ("licence: mit", "`card.yaml` has the entries name, .*, got licence. Remove them"),
         ("license: [mit]", "`license` of card.yaml must be text, got"),
         ("tags: x", "`tags` of card.yaml must be a list, got 'x'"),
+        (
+            "limits: [{Not for: floods}]",
+            "`limits` of card.yaml must hold text, got {'Not for': 'floods'}. Put it",
+        ),
+        ("gsd: {s1: 10}", "`gsd` of card.yaml must hold text, got 10"),
         ("gsd: 10", "`gsd` of card.yaml must be entries, got 10"),
         (
             "training_data: [{license: mit}]",
@@ -177,6 +201,37 @@ def test_a_widget_is_for_classes_and_masks_of_pictures():
     assert not hosted_widget(MsGFMConfig(**tiny_models.TINY, inputs={"s1": ["VV"]}), "MsGFMForImageClassification")
     both = MsGFMConfig(**tiny_models.TINY, inputs={"rgb": ["red", "green", "blue"], "s1": ["VV"]})
     assert not hosted_widget(both, "MsGFMForImageClassification")
+
+
+def test_pictures_are_for_sensors_that_have_their_numbers():
+    """Of a sensor of other numbers a picture would be nearly black."""
+    planet = MsGFMConfig().sensors["rgb"] | {"id": "planet", "scale": 1e-4}
+    config = MsGFMConfig(**tiny_models.TINY, sensors={"planet": planet}, inputs={"planet": ["red", "green", "blue"]})
+    assert not hosted_widget(config, "MsGFMForImageClassification")
+    with pytest.raises(ValueError, match=r"its bands \(red, green, blue\) in its own numbers, got a picture of"):
+        MsGFMImageProcessor.from_config(config)(Image.new("RGB", (8, 8)))
+
+
+def test_facts_of_a_checkpoint_on_the_card_of_a_data_set(tmp_path):
+    make_synthetic_shards(tmp_path / "shards")
+    (tmp_path / "card.yaml").write_text(yaml.safe_dump({"results": [RESULT]}))
+    with pytest.raises(ValueError, match="`results` must be left out of the card of a data set"):
+        push_to_hub(tmp_path / "shards", "me/data", dry_run=True, card=tmp_path / "card.yaml", tell=print)
+
+
+def test_folders_of_a_machine_are_not_published(tmp_path):
+    folder = tmp_path / "home" / "alice"
+    folder.mkdir(parents=True)
+    given = save(folder, make_source())
+    convert_checkpoint(given, tmp_path / "model", command=f"msgfm convert {given[0]} --out={tmp_path}/model")
+    record = {"command": f"pretrain.py --data {folder}/shards --hub https://example.org/a/b", "commit": "abc"}
+    (tmp_path / "model/run.json").write_text(json.dumps(record))
+    (tmp_path / "staging").mkdir()
+    prepare_checkpoint(tmp_path / "model", "me/swin", CardFacts(), tmp_path / "staging")
+    texts = [(tmp_path / "staging" / name).read_text() for name in ("README.md", "conversion_report.json")]
+    assert not any("alice" in text or str(tmp_path) in text for text in texts)
+    assert "`pretrain.py --data shards --hub https://example.org/a/b` at commit abc" in texts[0]
+    assert json.loads(texts[1])["command"] == "msgfm convert source.pth --out=model"
 
 
 def test_a_converted_checkpoint_is_not_called_msgfm_weights(tmp_path):

@@ -408,6 +408,28 @@ def test_statistics_of_a_transformers_processor_are_kept_and_shards_are_joined(t
     assert pixels[0, :, 0, 0].tolist() == pytest.approx([1.0, 2.4, 3.5])
 
 
+@pytest.mark.parametrize(
+    "settings, value, remark",
+    [
+        ({"do_normalize": False}, 1.0, None),
+        ({"do_rescale": False}, (1 - 0.485) / 0.229, "multiplies pixels by something else than 1/255"),
+        ({"do_resize": True, "size": {"height": 64, "width": 64}}, (1 - 0.485) / 0.229, "makes all images one size"),
+    ],
+)
+def test_what_a_transformers_processor_does_is_kept_or_remarked_on(settings, value, remark, tmp_path):
+    usual = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "do_resize": False}
+    config = SwinConfig(**SMALL, num_labels=2, problem_type="multi_label_classification")
+    SwinForImageClassification(config).save_pretrained(tmp_path / "source")
+    ViTImageProcessor(**{**usual, **settings}).save_pretrained(tmp_path / "source")
+    report = convert_checkpoint([tmp_path / "source"], tmp_path / "out")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    pixels = processor(np.full((3, 8, 8), 255, np.uint8))["pixel_values"]
+    assert pixels[0, 0, 0, 0].item() == pytest.approx(value)
+    assert [remark for told in report["remarks"] if remark and remark in told] == ([remark] if remark else [])
+    loaded = MsGFMForImageClassification.from_pretrained(tmp_path / "out").config
+    assert loaded.problem_type == "multi_label_classification"
+
+
 # -------------------------------------------------------------------------------------------- Satlas and torchvision
 
 
@@ -553,7 +575,8 @@ def test_another_window_is_the_source_with_resized_tables(tmp_path):
 def test_a_network_of_the_offset_is_evaluated_anew_for_another_window(pretrained, tmp_path):
     """Offsets keep the scale they were learned with, also where that is of an earlier pretraining."""
     tensors = make_source("v2", window=4, pretrained=pretrained)
-    convert_checkpoint(save(tmp_path, tensors), tmp_path / "out", window_size=8)
+    report = convert_checkpoint(save(tmp_path, tensors), tmp_path / "out", window_size=8)
+    assert any("evaluated anew in windows of 8" in remark for remark in report["remarks"])
     model = MsGFMModel.from_pretrained(tmp_path / "out")
     assert model.config.pretrained_window_sizes == ([0, 0] if pretrained else [4, 4])
     anew = {}

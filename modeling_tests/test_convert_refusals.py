@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import SwinConfig, SwinForMaskedImageModeling, SwinModel, ViTConfig, ViTModel
 
@@ -38,6 +39,11 @@ def test_truncated_files(legacy, tmp_path):
         )
     path.write_bytes(content)
     convert_checkpoint([path], tmp_path / "out")
+
+
+def test_a_page_that_was_fetched_instead(tmp_path):
+    (tmp_path / "source.pth").write_text("<html>You need to log in</html>")
+    refuse(tmp_path, [tmp_path / "source.pth"], "`SRC` must be a whole file of `torch.save`, got .*source.pth")
 
 
 def test_truncated_safetensors(tmp_path):
@@ -134,9 +140,10 @@ def test_the_folder_to_write_is_never_overwritten(tmp_path):
     assert (tmp_path / "out/model.safetensors").is_file()
 
 
-def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError("No space left on device"), SafetensorError("No space left on device")])
+def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch, error):
     def fail(*arguments, **options):
-        raise OSError("No space left on device")
+        raise error
 
     monkeypatch.setattr("msgfm_hf.convert.checkpoint.MsGFMImageProcessor.save_pretrained", fail)
     refuse(tmp_path, save(tmp_path, make_source()), "No space left on device", OSError)
@@ -263,6 +270,7 @@ def without(tensors, *words):
         ),
         (make_source(), {"bands": ["red", "green", "B08"]}, "`bands` of sensor 'rgb' must be among"),
         (make_source(), {"sensor": "Sky", "bands": ["a", "b", "c"]}, r"`id` of a sensor must match"),
+        (make_source(), {"bands": ["red", "", "blue"]}, "`--bands` must be names, got an empty one in 'red,,blue'"),
         (make_source(), {"window_size": 0}, "`--window-size` must be at least 1, got 0"),
         (
             make_source(),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 import yaml
 from PIL import Image
@@ -48,10 +49,10 @@ def environment(hub, home, token=TOKEN):
 
 
 COMMANDS = """
-    import contextlib, io, json, os, sys
-    import msgfm_hf.hub.push
+    import contextlib, io, json, os, sys, time
     from msgfm_hf.cli import main
-    msgfm_hf.hub.push._FIRST_WAIT = 0.01
+    sleep = time.sleep
+    time.sleep = lambda seconds: sleep(min(seconds, 0.01))  # between attempts
     results = []
     for command, token in json.loads(sys.argv[1]):
         os.environ["HF_TOKEN"] = token
@@ -80,7 +81,7 @@ def with_package(folder, hub, script, *arguments):
 
 
 def push(folder, hub, *commands):
-    """`msgfm push` with each of these arguments, in one process, whose waits between attempts are cut short.
+    """`msgfm push` with each of these arguments, in one process, whose waits are cut short.
 
     A command may be (arguments, token). Returns (status, what it printed, what it complained) of each.
     """
@@ -168,7 +169,15 @@ def pushed(hub, shards, tmp_path_factory):
     calls["away"] = ["small", "tester/away"]
     calls["back"] = ["small", "tester/away"]
     calls["dry"] = ["small", "tester/dry", "--dry-run"]
+    calls["private"] = ["small", "tester/private", "--private"]
+    calls["public"] = ["small", "tester/away", "--private"]
+    calls["broken upload"] = ["broken", "tester/broken"]
+    calls["forbidden upload"] = ["forbidden", "tester/forbidden"]
+    calls["slash"] = ["small", "tester/branches", "--revision", "feature/x"]
+    calls["removal"] = ["split", "tester/removal"]
+    calls["removal again"] = ["lost", "tester/removal"]
     calls["shards"] = [str(shards / "data"), "tester/shards", "--card", str(shards / "card.yaml")]
+    calls["one source"] = [str(shards / "data/harbour"), "tester/shards"]
     # The first command that makes a repository meets the first fault.
     calls = {f"stumble {number}": [f"stumble{number}", f"tester/stumble{number}"] for number in range(8)} | calls
     for number, (pattern, fault) in enumerate(STUMBLES):
@@ -179,6 +188,14 @@ def pushed(hub, shards, tmp_path_factory):
         times = 1 if fault == "after" else 2
         hub.fail(pattern.format(**values, weights=hashlib.sha256(content).hexdigest()), fault, times)
     hub.fail("POST /api/models/tester/away/commit/", 503, times=5)
+    for name, seed, fault in (("broken", 200, "close"), ("forbidden", 201, 403), ("lost", 202, None)):
+        save(folder / name, seed=seed, sensors=tiny_models.RGB)
+        content = (folder / name / "model.safetensors").read_bytes()
+        if fault:
+            hub.fail(f"PUT /lfs-objects/{hashlib.sha256(content).hexdigest()}", fault, times=500)
+    # The second commit there removes files; its answer is lost.
+    hub.fail("POST /api/models/tester/removal/commit/", None, 1)
+    hub.fail("POST /api/models/tester/removal/commit/", "after", 1)
     results = dict(zip(calls, push(folder, hub, *calls.values()), strict=True))
     return folder, models, results
 
@@ -242,6 +259,9 @@ STRANGER = """
         out["features"] = pipe([{"s1": path}] * 2, pool=True, batch_size=2)[1]
         pipe = transformers.pipeline("multisensor-image-to-image", model=repo, **trust)
         out["translated"] = float(pipe({"s1": path}, target="s2")[0]["image"].sum(dtype="float64"))
+        classifier = transformers.AutoModelForImageClassification.from_pretrained("tester/classifier", **trust).eval()
+        with torch.no_grad():
+            out["logits"] = classifier(torch.arange(3072.0).view(1, 3, 32, 32).sin()).logits.double().tolist()
         for task in ("image-classification", "image-segmentation"):
             repo = "tester/" + {"image-classification": "classifier", "image-segmentation": "segmenter"}[task]
             stock = transformers.pipeline(task, model=repo, **trust)
@@ -294,9 +314,10 @@ NEAR = (
         out["missing revision"] = str(error)
 
     import numpy as np
-    from msgfm_hf.data.shards import ShardSource
+    from msgfm_hf.data.shards import ShardSource, find_sources
     there = ShardSource("hf://datasets/tester/shards/data/harbour", "train")
     here = ShardSource(sys.argv[3] + "/harbour", "train")
+    out["found"] = find_sources("hf://datasets/tester/shards/data")
     out["own reader"] = all(
         (there.read(i)["images"]["rgb"].pixels == here.read(i)["images"]["rgb"].pixels).all() for i in range(len(here))
     )
@@ -350,7 +371,15 @@ def near(hub, pushed, shards, tmp_path_factory):
 def test_it_loads_where_the_package_is_unknown_and_where_it_is_installed_with_equal_numbers(
     hub, published, far, near, tmp_path
 ):
-    same = ("AutoModel", "AutoModelForPreTraining", "classes", "features", "translated", "image-classification")
+    same = (
+        "AutoModel",
+        "AutoModelForPreTraining",
+        "classes",
+        "features",
+        "translated",
+        "logits",
+        "image-classification",
+    )
     assert {name: far[name] for name in same} == {name: near[name] for name in same}
     assert far["image-segmentation"] == near["image-segmentation"] and far["classes"] == [1, 2]
     folder, model, _ = published
@@ -374,7 +403,7 @@ def test_another_branch_and_a_smaller_checkpoint_leave_nothing_behind(hub, pushe
     _, _, results = pushed
     assert results["first branch"][0] == results["second branch"][0] == 0
     assert not hub.files("tester/branches")
-    before, after = list(hub.repositories["model", "tester/branches"].commits.values())[-2:]
+    _, before, after, _ = hub.repositories["model", "tester/branches"].commits.values()
     assert "model.safetensors.index.json" in before and sum("safetensors" in name for name in before) > 2
     assert [name for name in after if "safetensors" in name] == ["model.safetensors"]
 
@@ -406,6 +435,41 @@ def test_a_hub_that_stays_away_is_told_and_nothing_is_half_pushed(hub, pushed):
     assert said.count("trying to commit again") == 4
     # What the next push found was a repository without a commit.
     assert pushed[2]["back"][0] == 0 and len(hub.repositories["model", "tester/away"].messages) == 1
+
+
+def test_an_upload_that_never_gets_through_says_why(hub, pushed):
+    """The client of the Hub wraps it in an error that names the file only."""
+    code, said, complaint = pushed[2]["broken upload"]
+    assert code == 1 and "`REPO_ID` must be reachable, got no connection" in complaint
+    assert "Nothing was committed: push again later" in complaint and "trying to commit again" in said
+    code, _, complaint = pushed[2]["forbidden upload"]
+    assert code == 1 and "`REPO_ID` must be yours to write, got 'tester/forbidden', which is not (403)" in complaint
+    assert hub.files("tester/broken") == hub.files("tester/forbidden") == {}
+
+
+def test_a_lost_answer_to_a_commit_that_removes_makes_no_second_one(hub, pushed):
+    code, said, complaint = pushed[2]["removal again"]
+    assert code == 0, complaint
+    assert "goes, as this push has none: model-00001-of-" in said
+    assert len(hub.repositories["model", "tester/removal"].messages) == 2
+    assert [name for name in hub.files("tester/removal") if "safetensors" in name] == ["model.safetensors"]
+
+
+def test_private_is_private_or_nothing_is_pushed(hub, pushed):
+    assert pushed[2]["private"][0] == 0 and hub.repositories["model", "tester/private"].private
+    code, _, complaint = pushed[2]["public"]
+    assert code == 1 and "`--private` must be left out for a repository that is public, got 'tester/away'" in complaint
+    assert not hub.repositories["model", "tester/away"].private
+
+
+def test_a_data_set_does_not_lose_its_other_sources(hub, pushed):
+    code, _, complaint = pushed[2]["one source"]
+    assert code == 1 and "got harbour where 'tester/shards' has meadow too. Push a folder of all of them" in complaint
+
+
+def test_a_branch_may_have_a_slash_in_its_name(hub, pushed):
+    assert pushed[2]["slash"][0] == 0, pushed[2]["slash"][2]
+    assert "model.safetensors" in hub.files("tester/branches", revision="feature/x")
 
 
 def test_tokens_and_owners_that_are_refused(hub, pushed):
@@ -490,8 +554,23 @@ def handler_requests(hub):
             {"inputs": {"s1": in_base64(b"x" * 2**20), "s2": in_base64(b"x" * 2**20)}},
             {"inputs": {"s1": in_base64(packed.getvalue())}},
         ],
-        {"MAX_BYTES": 2**20 + 5},
+        {"MAX_BYTES": 2**20 + 5, "MAX_UNPACKED_BYTES": 2**20},
     )
+    pages, deep = io.BytesIO(), io.BytesIO()
+    with tifffile.TiffWriter(pages) as file:
+        for _ in range(9):
+            file.write(np.zeros((400, 400), np.uint8), compression="zlib", contiguous=False)
+    Image.fromarray(np.full((40, 40), 40000, np.uint16)).save(deep, "PNG")
+    picture = hub.files("tester/classifier")["examples/picture.png"]
+    requests["tester/classifier#odd"] = (
+        [
+            {"inputs": {"rgb": in_base64(pages.getvalue())}},
+            {"inputs": in_base64(deep.getvalue())},
+            {"inputs": base64.encodebytes(picture).decode(), "parameters": {"top_k": 2}},
+        ],
+        {"MAX_UNPACKED_BYTES": 2**20},
+    )
+    requests[f"{REPO}#tensors"] = [{"inputs": tiff, "parameters": {"return_tensors": True}}], {}
     return requests
 
 
@@ -537,6 +616,13 @@ def test_the_handler_answers_sensors_and_errors_as_json(far):
 
 
 def test_the_handler_has_limits(far):
+    pages, deep, lines = far["handler"]["tester/classifier#odd"]
+    assert "`rgb` must be at most 1 MiB unpacked" in pages["error"]
+    assert "must be a picture of 8 bits, got one of mode 'I;16'" in deep["error"]
+    assert [entry["label"] for entry in lines][:2] == [
+        entry["label"] for entry in far["handler"]["tester/classifier"][0]
+    ]
+    assert far["handler"][f"{REPO}#tensors"] == far["handler"][REPO][:1]
     for answer, size in zip(far["handler"][f"{REPO}#pixels"], ("128 x 128", "40 x 40", "128 x 128"), strict=True):
         assert f"must have at most 30 x 30 pixels, got {size}" in answer["error"]
     several, packed = far["handler"][f"{REPO}#bytes"]
@@ -575,6 +661,8 @@ def test_shards_are_pushed_with_their_card_and_streamed_back(hub, pushed, near):
     assert "| harbour | `rgb` | red, green, blue | dn | uint8 | 0.6 m |" in card and "license: cc0-1.0" in card
     assert near["rows"] == {"harbour train": 5, "harbour val": 2, "meadow train": 5, "meadow val": 2}
     assert near["snippet"] == "harbour" and near["own reader"]
+    command = "msgfm pretrain --data hf://datasets/tester/shards/data"
+    assert command in card and len(near["found"]) == 2
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
@@ -592,6 +680,7 @@ def test_folders_that_cannot_be_pushed(tmp_path):
     fails("empty", "`DIR` must hold a checkpoint .config.json. or shards, got '.*empty' without")
     save(tmp_path / "model", sensors=tiny_models.RGB)
     fails("model", "`REPO_ID` must be owner/name, got 'x'", "x")
+    fails("model", "`REPO_ID` must be owner/name as the Hub has it, got 'me/x y'", "me/x y")
     fails("model", "`nothing.yaml` must be an existing file", error=FileNotFoundError, card=tmp_path / "nothing.yaml")
     (tmp_path / "model/preprocessor_config.json").rename(tmp_path / "aside.json")
     fails("model", "`DIR` must hold a model and its image processor, got '.*model' without preprocessor_config.json")
@@ -601,6 +690,26 @@ def test_folders_that_cannot_be_pushed(tmp_path):
     (tmp_path / "model/card.yaml").unlink()
     fails("model", "`HF_HUB_OFFLINE` must be unset to push, got it set", error=PushError)
     config = json.loads((tmp_path / "model/config.json").read_text())
+    processor = json.loads((tmp_path / "model/preprocessor_config.json").read_text())
+    band = processor["sensors"]["rgb"]["bands"][0]
+    (tmp_path / "model/preprocessor_config.json").write_text(
+        json.dumps({**processor, "sensors": {"rgb": {**processor["sensors"]["rgb"], "bands": [
+            {**band, "mean": 0.9}, *processor["sensors"]["rgb"]["bands"][1:]]}}})
+    )  # fmt: skip
+    fails("model", "`sensors` of the processor and of the model must be equal, got different rgb")
+    (tmp_path / "model/preprocessor_config.json").write_text(json.dumps(processor))
+    (tmp_path / "model/run.json").write_text("{")
+    fails("model", "`DIR` must hold readable JSON, got .*run.json")
+    (tmp_path / "model/run.json").write_text("[]")
+    fails("model", "`DIR` must hold a JSON object in run.json, got a list")
+    (tmp_path / "model/run.json").unlink()
+    (tmp_path / "model/config.json").write_text(json.dumps({**config, "model_type": "vit"}))
+    fails("model", "`DIR` must hold an msGFM checkpoint, got a model of type 'vit'")
+    weights = (tmp_path / "model/model.safetensors").read_bytes()
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    (tmp_path / "model/model.safetensors").write_bytes(weights[: len(weights) // 2])
+    fails("model", "`DIR` must hold whole weights, got damaged ones")
+    (tmp_path / "model/model.safetensors").write_bytes(weights)
     (tmp_path / "model/config.json").write_text(json.dumps({**config, "architectures": ["SwinModel"]}))
     fails("model", "`DIR` must hold a MsGFMModel, .*, got SwinModel")
     (tmp_path / "model/model.safetensors").unlink()

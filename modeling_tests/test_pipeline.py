@@ -459,6 +459,23 @@ def test_the_target_itself_is_passed_over_and_heights_are_relative():
     assert image["unit"] == "metres" and abs(image["image"]).mean() < 100
 
 
+def test_numbers_of_a_product_need_its_offset():
+    pipe = translator(**S1)
+    reflectance = pipe({"s1": backscatter()}, target="s2", target_bands=["B04"], target_level="l2a")[0]["image"]
+    options = {"target": "s2", "target_bands": ["B04"], "target_level": "l2a", "target_unit": "dn"}
+    numbers = pipe({"s1": backscatter()}, **options, target_offset=-1000)[0]
+    assert numbers["unit"] == "dn"
+    np.testing.assert_allclose(numbers["image"], reflectance * 1e4 + 1000, rtol=1e-4)
+    with pytest.raises(ValueError, match="`offset`"):
+        pipe({"s1": backscatter()}, **options)
+
+
+def test_decoders_that_nobody_trained_are_refused(tmp_path):
+    make(CLASSES).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`model` must have trained decoders .*, got a MsGFMForImageClassification"):
+        pipeline(IMAGES, model=str(tmp_path))({"s1": backscatter()}, target="s2")
+
+
 def test_what_cannot_be_translated_is_refused():
     pipe = translator(**S1)
     with pytest.raises(ValueError, match="`target` must name the sensor to predict .*, got None"):
@@ -469,7 +486,7 @@ def test_what_cannot_be_translated_is_refused():
         pipe({"s1": backscatter()}, target="s1")
     model = tiny_models.tiny(MsGFMModel, **S1)
     with pytest.raises(
-        ValueError, match="`model` must have decoders for 'multisensor-image-to-image', got a MsGFMModel"
+        ValueError, match="`model` must have trained decoders for 'multisensor-image-to-image', got a MsGFMModel"
     ):
         pipeline(IMAGES, model=model, image_processor=pipe.image_processor)({"s1": backscatter()}, target="s2")
 

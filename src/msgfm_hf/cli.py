@@ -428,7 +428,9 @@ def _convert(parser: argparse.ArgumentParser):
         help="names of the source's channels, in its order (default all bands of the sensor)",
     )
     parser.add_argument("--num-experts", type=int, metavar="N", help="copy the MLPs of the paper's blocks into experts")
-    parser.add_argument("--window-size", type=int, metavar="N", help="tokens, where the model shall have other windows")
+    parser.add_argument(
+        "--window-size", type=int, metavar="N", help="tokens, for other windows, or where the source does not tell"
+    )
     parser.set_defaults(run=_run_convert)
 
 
@@ -573,10 +575,12 @@ _DESCRIPTIONS = {
     "A checkpoint goes with its processor, the code of the model (every Auto class and pipeline then loads with\n"
     "trust_remote_code=True), a card, handler.py and requirements.txt for hosted inference, and example images.\n"
     "Shards go with a card that lets load_dataset stream them.\n\n"
-    "What only you know stands in DIR/card.yaml, or in the file of --card: name, summary, license, base_model, tags,\n"
-    "datasets, training_data (name, license, url, note), intended_use, limits, beware, and results: entries of task,\n"
-    "dataset, split, metric, value, n, seed, commit, command, origin (run, or copied with its source), or names of\n"
-    "reports of `msgfm evaluate --out`. A number without what made it stops the command.\n\n"
+    "What only you know stands in DIR/card.yaml, or in the file of --card: name, summary, license (license_name and\n"
+    "license_link for `other`), base_model, tags, datasets, gsd ({sensor: text}), training_data (name, license, url,\n"
+    "note), intended_use, limits, beware, and results: entries of task, dataset, split, metric, value, n, seed,\n"
+    "commit, command, origin (run, or copied with its source), and dataset_id and task_id of a benchmark of the Hub;\n"
+    "or names of reports of `msgfm evaluate --out`. A number without what made it stops the command.\n\n"
+    "The README.md there is replaced; files that are not of this command stay. docs/publishing.md says more.\n\n"
     "  hf auth login                                          once, with a token that may write\n"
     "  msgfm push runs/mine me/my-msgfm --dry-run             what would be pushed\n"
     "  msgfm push runs/mine me/my-msgfm --private\n"

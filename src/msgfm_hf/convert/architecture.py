@@ -19,6 +19,7 @@ _TAKEN = (
     "drop_path_rate",
     "hidden_act",
     "mask_patch_size",
+    "problem_type",
 )
 _TAKEN_WITH_EXPERTS = (
     "num_experts_per_tok",

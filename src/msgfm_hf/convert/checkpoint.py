@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -253,6 +254,8 @@ def _make_sensor(
 ) -> tuple[SensorSpec, list[str]]:
     """The sensor whose bands the channels are, and their names in the order of the channels."""
     spec = SENSORS.get(sensor)
+    if bands and not all(bands):
+        raise ValueError(f"`--bands` must be names, got an empty one in {','.join(bands)!r}. Correct it.")
     if spec is None:
         if not bands:
             raise ValueError(
@@ -269,6 +272,16 @@ def _make_sensor(
     rgb = SENSORS["rgb"]
     pictures = spec.unit == rgb.unit and spec.default_unit == rgb.default_unit and spec.scale == rgb.scale
     mean, std = processor.get("image_mean"), processor.get("image_std")
+    if processor.get("do_normalize") is False:
+        mean, std = [0.0] * len(names), [1.0] * len(names)
+    if processor.get("do_rescale") is False or not math.isclose(processor.get("rescale_factor", 1 / 255), 1 / 255):
+        translation.remarks.append(
+            "the source's processor multiplies pixels by something else than 1/255: here they are divided by 255"
+        )
+    if processor.get("do_resize") or processor.get("do_center_crop"):
+        translation.remarks.append(
+            f"the source's processor makes all images one size ({processor.get('size')}): here they keep theirs"
+        )
     if pictures and translation.from_0_to_1:
         spec = _with_statistics(spec, dict.fromkeys(names, (0.0, 1.0)), "SatlasPretrain: pixels from 0 to 1")
     elif pictures and mean and std and len(mean) == len(std) == len(names):
@@ -319,6 +332,11 @@ def _fit_windows(translation: Translation, architecture: Architecture, fields: d
     window, patch = fields["window_size"], fields["patch_size"]
     if fields["position_bias"] == "log_cpb":
         learned = architecture.pretrained_windows
+        if window != max(architecture.windows):
+            translation.remarks.append(
+                f"position biases are networks of the offset, learned in windows of {learned} tokens per stage and "
+                f"evaluated anew in windows of {window}"
+            )
         fields["pretrained_window_sizes"] = [0 if size == window else size for size in learned]
         return
     for name, table in list(translation.tensors.items()):

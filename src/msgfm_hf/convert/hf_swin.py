@@ -56,6 +56,7 @@ _STATED = (
     "attention_probs_dropout_prob",
     "drop_path_rate",
     "encoder_stride",
+    "problem_type",
 )
 
 

@@ -1,6 +1,7 @@
 """Cards of checkpoints and of shards, rendered from what they hold and from what their publisher states."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import resources
@@ -19,6 +20,7 @@ from huggingface_hub import (
 
 from msgfm_hf.data.shards import ShardSource, find_sources, shard_splits
 from msgfm_hf.model.configuration_msgfm import MsGFMConfig
+from msgfm_hf.model.image_processing_msgfm import takes_pictures
 from msgfm_hf.model.sensors import SensorSpec
 
 FACTS = "card.yaml"
@@ -113,7 +115,11 @@ class Result:
         """
         known = {item.name: item for item in fields(cls)}
         unknown = sorted(set(entry) - set(known))
-        missing = [name for name in (*_ARTEFACT, "task", "dataset", "metric") if entry.get(name) in (None, "")]
+        missing = [
+            name
+            for name in (*_ARTEFACT, "task", "dataset", "metric")
+            if not isinstance(entry.get(name), str | int | float) or not re.search(r"\w", str(entry[name]))
+        ]
         told = entry.get("metric") or entry.get("task") or dict(entry)
         if unknown or missing:
             what = f"without {', '.join(missing)}" if missing else f"with {', '.join(unknown)}"
@@ -175,7 +181,7 @@ def read_facts(path: str | Path | None) -> CardFacts:
     if path is None:
         return CardFacts()
     path = Path(path)
-    entries = _read_yaml(path)
+    entries = {name: value for name, value in _read_yaml(path).items() if value is not None}
     kinds = {
         item.name: item.default_factory if item.default_factory in (list, dict) else str for item in fields(CardFacts)
     }
@@ -186,6 +192,9 @@ def read_facts(path: str | Path | None) -> CardFacts:
         if not isinstance(value, kinds[name]):
             kind = {list: "a list", dict: "entries", str: "text"}[kinds[name]]
             raise ValueError(f"`{name}` of {path.name} must be {kind}, got {value!r}. Correct it.")
+        strange = [one for one in (value.values() if kinds[name] is dict else value) if not isinstance(one, str)]
+        if strange and kinds[name] is not str and name not in ("training_data", "results"):
+            raise ValueError(f"`{name}` of {path.name} must hold text, got {strange[0]!r}. Put it in quotes.")
     for data in entries.get("training_data", ()):
         if not isinstance(data, dict) or not data.get("name") or set(data) - {"name", "license", "url", "note"}:
             raise ValueError(
@@ -333,9 +342,11 @@ def render_model_card(
 
 def hosted_widget(config: MsGFMConfig, architecture: str) -> bool:
     """Whether the stock pipelines take an ordinary picture for this checkpoint, which is all that a widget sends."""
-    return CLASSES[architecture][1] in ("image-classification", "image-segmentation") and [
-        sorted(bands) for bands in config.inputs.values()
-    ] == [["blue", "green", "red"]]
+    tasks = ("image-classification", "image-segmentation")
+    if CLASSES[architecture][1] not in tasks or len(config.inputs) != 1:
+        return False
+    ((sensor, bands),) = config.inputs.items()
+    return takes_pictures(SensorSpec.from_dict(config.sensors[sensor]), bands)
 
 
 def render_eval_results(facts: CardFacts) -> str | None:
@@ -438,6 +449,8 @@ def _eval_result(result: Result, tag: str) -> EvalResult:
         task_name=result.task,
         dataset_type=result.dataset_id or result.dataset.lower().replace(" ", "-"),
         dataset_name=result.dataset,
+        # Results of one data set and split are one entry otherwise, under the first one's task and source.
+        dataset_config=", ".join(filter(None, (result.task, result.origin, result.source))),
         dataset_split=result.split,
         metric_type=result.metric.split(" (")[0].split(",")[0].lower().replace(" ", "_"),
         metric_name=f"{result.metric} ({result.origin}, n={result.n}, seed {result.seed})",

@@ -22,10 +22,11 @@ from pathlib import Path
 
 import numpy as np
 import tifffile
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import pipeline
 
 MAX_BYTES = 64 * 2**20
+MAX_UNPACKED_BYTES = 256 * 2**20
 MAX_PIXELS = 2048 * 2048
 
 _TASKS = {
@@ -96,11 +97,12 @@ def _read_inputs(inputs, folder: Path):
 
 def _read_image(name: str, value, folder: Path):
     if isinstance(value, Image.Image):
-        _check_pixels(name, value.width, value.height)
-        return value.convert("RGB")
+        return _picture(name, value)
     if isinstance(value, str):
+        # Encoders break lines.
+        value = "".join((value.partition("base64,")[2] or value).split())
         try:
-            value = base64.b64decode(value.partition("base64,")[2] or value, validate=True)
+            value = base64.b64decode(value, validate=True)
         except (binascii.Error, ValueError) as error:
             raise ValueError(f"`{name}` must be in base64, got other characters ({error}). Encode the file.") from error
     if not isinstance(value, bytes):
@@ -110,35 +112,42 @@ def _read_image(name: str, value, folder: Path):
         path.write_bytes(value)
         try:
             with tifffile.TiffFile(path) as file:
-                shapes = [(page.aspage().imagewidth, page.aspage().imagelength) for page in file.pages]
+                pages = [page.aspage() for page in file.pages]
+                shapes, unpacked = [(page.imagewidth, page.imagelength) for page in pages], sum(p.nbytes for p in pages)
         except Exception as error:  # tifffile raises types of its own
             raise ValueError(
                 f"`{name}` must be a readable TIFF, got a damaged one ({error}). Send it again."
             ) from error
         for width, height in shapes:
             _check_pixels(name, width, height)
+        _check_unpacked(name, unpacked)
         return str(path)
     if value[:4] == b"PK\x03\x04":
         return _read_npz(name, value)
     try:
-        picture = Image.open(io.BytesIO(value))
-        _check_pixels(name, *picture.size)
-        return picture.convert("RGB")
+        return _picture(name, Image.open(io.BytesIO(value)))
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(
             f"`{name}` must be a picture, a GeoTIFF or an npz, got something else ({error}). Send one of these."
         ) from error
 
 
+def _picture(name: str, picture: Image.Image) -> Image.Image:
+    _check_pixels(name, *picture.size)
+    if picture.mode.startswith(("I", "F")):
+        raise ValueError(
+            f"`{name}` must be a picture of 8 bits, got one of mode {picture.mode!r}. Send other numbers as GeoTIFF or "
+            "npz."
+        )
+    # As it was taken, not as the camera lay.
+    return ImageOps.exif_transpose(picture).convert("RGB")
+
+
 def _read_npz(name: str, value: bytes) -> np.ndarray:
     try:
         with zipfile.ZipFile(io.BytesIO(value)) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > MAX_BYTES:
-            raise ValueError(
-                f"`{name}` must be at most {MAX_BYTES // 2**20} MiB unpacked, got {unpacked / 2**20:.0f} MiB. Send a "
-                "smaller window."
-            )
+        _check_unpacked(name, unpacked)
         with np.load(io.BytesIO(value), allow_pickle=False) as arrays:
             if len(arrays.files) != 1:
                 raise ValueError(
@@ -151,6 +160,14 @@ def _read_npz(name: str, value: bytes) -> np.ndarray:
         raise ValueError(f"`{name}` must be (bands, height, width), got shape {array.shape}. Send one image.")
     _check_pixels(name, *array.shape[-2:])
     return array
+
+
+def _check_unpacked(name: str, size: int):
+    if size > MAX_UNPACKED_BYTES:
+        raise ValueError(
+            f"`{name}` must be at most {MAX_UNPACKED_BYTES // 2**20} MiB unpacked, got {size / 2**20:.0f} MiB. Send a "
+            "smaller window."
+        )
 
 
 def _check_pixels(name: str, width: int, height: int):
@@ -174,4 +191,5 @@ def _as_json(value):
         return {str(key): _as_json(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_as_json(entry) for entry in value]
-    return value.item() if isinstance(value, np.generic) else value
+    # Numbers of numpy, and tensors.
+    return value.tolist() if hasattr(value, "tolist") else value

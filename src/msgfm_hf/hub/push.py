@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -12,13 +13,18 @@ from typing import TypeVar
 
 import numpy as np
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image
-from transformers import AutoConfig, pipeline
+from safetensors import SafetensorError
+from transformers import pipeline
 
 from msgfm_hf.data.shards import find_sources
 from msgfm_hf.model import heads_msgfm, modeling_msgfm
+from msgfm_hf.model.configuration_msgfm import MsGFMConfig
+from msgfm_hf.model.image_processing_msgfm import MsGFMImageProcessor
 from msgfm_hf.model.modeling_msgfm import count_parameters
+from msgfm_hf.model.sensors import SENSORS
 
 from .card import (
     CLASSES,
@@ -37,9 +43,18 @@ from .examples import write_examples
 _T = TypeVar("_T")
 _WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 _RECORDS = ("conversion_report.json",)
-# What an earlier push may have left in the repository and this one does not replace.
-_OURS = (*_WEIGHTS, "examples/*", ".eval_results/*", *_RECORDS)
-_OUR_DATA = ("data/*.parquet", "data/*/manifest.json", "data/*/left_out.csv")
+_BENCHMARKS = ".eval_results/msgfm_hf.yaml"
+# What an earlier push may have left in the repository and this one does not replace. Other files are the user's.
+_OURS = (
+    *_WEIGHTS,
+    *_RECORDS,
+    _BENCHMARKS,
+    "examples/picture.png",
+    "examples/segmentation.png",
+    *(f"examples/{sensor}.tif" for sensor in SENSORS),
+)
+# An absolute path, of which the last part stays; addresses of the net are not meant.
+_FOLDERS = re.compile(r"(?<![\w.:/-])~?/(?:[^/\s,'\"]+/)+([^/\s,'\"]*)")
 ATTEMPTS = 5
 _FIRST_WAIT = 1.0
 
@@ -57,12 +72,14 @@ class Publication:
         files: {path in the repository: local file}.
         remarks: what the publisher should know.
         obsolete: patterns of files of an earlier push, which go where they are not replaced.
+        sources: names of the sources of a data set.
     """
 
     repo_type: str
     files: dict[str, Path]
     remarks: list[str] = field(default_factory=list)
     obsolete: tuple[str, ...] = ()
+    sources: set[str] = field(default_factory=set)
 
     def __str__(self):
         sizes = {path: file.stat().st_size for path, file in self.files.items()}
@@ -109,7 +126,13 @@ def push_to_hub(
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"`DIR` must be an existing folder, got {str(folder)!r}. Check the name.")
-    if repo_id.count("/") != 1 or not all(repo_id.split("/")):
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(
+            f"`REPO_ID` must be owner/name as the Hub has it, got {repo_id!r}: {error}. Correct it."
+        ) from error
+    if repo_id.count("/") != 1:
         raise ValueError(f"`REPO_ID` must be owner/name, got {repo_id!r}. Put your name or organisation before it.")
     default = folder / FACTS
     facts = read_facts(card if card is not None else default if default.is_file() else None)
@@ -137,10 +160,18 @@ def prepare_checkpoint(folder: Path, repo_id: str, facts: CardFacts, staging: Pa
             raise ValueError(
                 f"`DIR` must hold a model and its image processor, got {str(folder)!r} without {name}. Save both there."
             )
+    kind = _read_json(folder / "config.json").get("model_type")
+    if kind != MsGFMConfig.model_type:
+        raise ValueError(
+            f"`DIR` must hold an msGFM checkpoint, got a model of type {kind!r} in {str(folder)!r}. `msgfm convert` "
+            "turns relatives of Swin into one."
+        )
     for name in ("config.json", "preprocessor_config.json"):
-        (staging / name).write_text((folder / name).read_text(encoding="utf-8"), encoding="utf-8")
+        (staging / name).write_text(json.dumps(_read_json(folder / name), indent=2), encoding="utf-8")
     write_model_code(staging)
-    config = AutoConfig.from_pretrained(folder)
+    config = MsGFMConfig.from_pretrained(folder)
+    # Refuses a processor of other sensors or statistics than the model's.
+    MsGFMImageProcessor.from_pretrained(folder)
     architecture = (config.architectures or [""])[0]
     if architecture not in CLASSES:
         raise ValueError(
@@ -153,10 +184,16 @@ def prepare_checkpoint(folder: Path, repo_id: str, facts: CardFacts, staging: Pa
     examples = write_examples(config, staging / "examples")
     # Loaded: a checkpoint that does not load is not published, and its outputs stand on its card.
     model_class = getattr(heads_msgfm, architecture, None) or getattr(modeling_msgfm, architecture)
-    model = model_class.from_pretrained(folder)
+    try:
+        model = model_class.from_pretrained(folder)
+    except SafetensorError as error:
+        raise ValueError(
+            f"`DIR` must hold whole weights, got damaged ones in {str(folder)!r} ({error}). Save or fetch them again."
+        ) from error
     widget = _widget(folder, repo_id, architecture, model, examples)
-    record = _read_json(folder / "run.json")
-    conversion = _read_json(folder / "conversion_report.json")
+    record, conversion = (_without_folders(_read_json(folder / name)) for name in ("run.json", *_RECORDS))
+    if conversion:
+        (staging / _RECORDS[0]).write_text(json.dumps(conversion, indent=1, ensure_ascii=False), encoding="utf-8")
     first = next(iter(config.inputs))
     card = render_model_card(
         config,
@@ -167,18 +204,20 @@ def prepare_checkpoint(folder: Path, repo_id: str, facts: CardFacts, staging: Pa
         made=_how_made(record, conversion),
         origin=_origin(conversion),
         widget=widget,
-        trained_on=sorted(record.get("identity", {}).get("sources", {})),
+        trained_on=_trained_on(record),
         example=f"examples/{first}.tif",
     )
     (staging / "README.md").write_text(str(card), encoding="utf-8")
     results = render_eval_results(facts)
     if results is not None:
-        (staging / ".eval_results").mkdir()
-        (staging / ".eval_results" / "msgfm_hf.yaml").write_text(results, encoding="utf-8")
+        (staging / _BENCHMARKS).parent.mkdir()
+        (staging / _BENCHMARKS).write_text(results, encoding="utf-8")
     files = {path.relative_to(staging).as_posix(): path for path in sorted(staging.rglob("*")) if path.is_file()}
     files |= {path.name: path for path in weights}
-    files |= {name: folder / name for name in _RECORDS if (folder / name).is_file()}
-    return Publication("model", files, _remarks(facts), _OURS)
+    remarks = _remarks(facts)
+    if not facts.results:
+        remarks.append("no results: `results:` names reports of `msgfm evaluate --out`, or numbers with what made them")
+    return Publication("model", files, remarks, _OURS)
 
 
 def prepare_shards(folder: Path, repo_id: str, facts: CardFacts, staging: Path) -> Publication:
@@ -197,10 +236,22 @@ def prepare_shards(folder: Path, repo_id: str, facts: CardFacts, staging: Path) 
         ) from error
     for source in sources:
         for path in sorted(Path(source).iterdir()):
-            if path.suffix == ".parquet" or path.name in ("manifest.json", "left_out.csv"):
+            if path.suffix == ".parquet" or path.name == "left_out.csv":
                 files[f"data/{Path(source).name}/{path.name}"] = path
+        manifest = Path(source, "manifest.json")
+        if manifest.is_file():
+            place = f"data/{Path(source).name}/manifest.json"
+            files[place] = staging / f"{Path(source).name}.json"
+            files[place].write_text(
+                json.dumps(_without_folders(_read_json(manifest)), indent=2) + "\n", encoding="utf-8"
+            )
+    stray = [name for name in ("results", "gsd", "base_model") if getattr(facts, name)]
+    if stray:
+        raise ValueError(f"`{stray[0]}` must be left out of the card of a data set, got one. It is of checkpoints.")
     (staging / "README.md").write_text(str(render_dataset_card(folder, repo_id, facts)), encoding="utf-8")
-    return Publication("dataset", {"README.md": staging / "README.md", **files}, _remarks(facts), _OUR_DATA)
+    files = {"README.md": staging / "README.md", **files}
+    names = {Path(source).name for source in sources}
+    return Publication("dataset", files, _remarks(facts), tuple(f"data/{name}/*.parquet" for name in names), names)
 
 
 def _remarks(facts: CardFacts) -> list[str]:
@@ -215,29 +266,55 @@ def _remarks(facts: CardFacts) -> list[str]:
 
 
 def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """An object; empty where there is no such file.
+
+    Raises:
+        ValueError: for a file that holds something else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"`DIR` must hold readable JSON, got {str(path)!r} ({error}). Save it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"`DIR` must hold a JSON object in {path.name}, got a {type(content).__name__}. Save it again."
+        )
+    return content
+
+
+def _without_folders(record: dict) -> dict:
+    """What made a checkpoint, without the folders of the machine that did."""
+    command = record.get("command")
+    return record | {"command": _FOLDERS.sub(r"\1", command)} if isinstance(command, str) else record
 
 
 def _how_made(record: dict, conversion: dict) -> list[str]:
     lines = []
     if record:
-        versions = ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
+        versions = ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
         lines.append(f"Pretrained: `{record.get('command')}` at commit {record.get('commit')}, {versions}.")
-        if any(source.startswith("synthetic") for source in record.get("identity", {}).get("sources", {})):
+        if any(source.startswith("synthetic") for source in _trained_on(record)):
             lines.append("**On synthetic scenes: a demonstration, not a model of the earth.**")
     if conversion:
-        names = ", ".join(file["name"] for file in conversion["files"])
-        lines.append(f"Converted from {names} ({conversion['layout']}); `conversion_report.json` has every tensor.")
-        lines += [f"{remark[0].upper()}{remark[1:]}." for remark in conversion["remarks"]]
+        names = ", ".join(file["name"] for file in conversion.get("files", ()))
+        lines.append(f"Converted from {names} ({conversion.get('layout')}); `conversion_report.json` has every tensor.")
+        lines += [f"{remark[0].upper()}{remark[1:]}." for remark in conversion.get("remarks", ())]
     return lines
+
+
+def _trained_on(record: dict) -> list[str]:
+    """Names of the sources of a run."""
+    return sorted((record.get("identity") or {}).get("sources") or ())
 
 
 def _origin(conversion: dict) -> str | None:
     if not conversion:
         return None
     return (
-        f"Converted with `msgfm_hf` from weights of the layout `{conversion['layout']}`, which others trained. These "
-        "are **not msGFM weights**: the paper's authors released none."
+        f"Converted with `msgfm_hf` from weights of the layout `{conversion.get('layout')}`, which others trained. "
+        "These are **not msGFM weights**: the paper's authors released none."
     )
 
 
@@ -288,14 +365,34 @@ def _commit(
             f"make the branch {revision}",
             lambda: api.create_branch(repo_id, branch=revision, repo_type=kind, exist_ok=True),
         )
-    there = attempt("list its files", lambda: api.list_repo_files(repo_id, repo_type=kind, revision=revision))
-    obsolete = [
-        path
-        for path in there
-        if path not in publication.files and any(fnmatch.fnmatch(path, pattern) for pattern in publication.obsolete)
-    ]
+    if private and not attempt("look at it", lambda: api.repo_info(repo_id, repo_type=kind)).private:
+        raise PushError(
+            f"`--private` must be left out for a repository that is public, got {repo_id!r}. Make it private in its "
+            "settings first, or name another."
+        )
+
+    def obsolete_files() -> list[str]:
+        there = api.list_repo_files(repo_id, repo_type=kind, revision=revision)
+        others = sorted({path.split("/")[1] for path in there if path.startswith("data/")} - publication.sources)
+        if publication.sources and others:
+            raise ValueError(
+                f"`DIR` must hold all sources of the data set, whose card names them, got "
+                f"{', '.join(sorted(publication.sources))} where {repo_id!r} has {', '.join(others)} too. Push a "
+                "folder of all of them, or to another repository."
+            )
+        return [
+            path
+            for path in there
+            if path not in publication.files and any(fnmatch.fnmatch(path, pattern) for pattern in publication.obsolete)
+        ]
+
+    going = attempt("list its files", obsolete_files)
+    if going:
+        tell(f"  goes, as this push has none: {', '.join(going)}")
 
     def commit():
+        # Asked anew: what a commit removed whose answer was lost is not removed again.
+        obsolete = obsolete_files()
         # New operations each time: those of a failed attempt remember what they believe is uploaded.
         operations = [CommitOperationAdd(path, str(file)) for path, file in sorted(publication.files.items())]
         operations += [CommitOperationDelete(path) for path in obsolete]
@@ -320,15 +417,25 @@ def _with_retries(what: str, call: Callable[[], _T], repo_id: str, tell: Callabl
     while True:
         try:
             return call()
-        except (HTTPError, ConnectionError, TimeoutError) as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
+        except (HTTPError, OSError, RuntimeError) as error:
+            fault = _fault_of_the_hub(error)
+            if fault is None:
+                raise
+            status = getattr(getattr(fault, "response", None), "status_code", None)
             theirs = status is None or status >= 500 or status == 429
-            if not theirs or number == ATTEMPTS or isinstance(error, OfflineModeIsEnabled):
-                raise PushError(_explain(what, error, status, repo_id, number)) from error
-            why = f"the Hub answered {status}" if status else f"no connection ({type(error).__name__})"
+            if not theirs or number == ATTEMPTS or isinstance(fault, OfflineModeIsEnabled):
+                raise PushError(_explain(what, fault, status, repo_id, number)) from error
+            why = f"the Hub answered {status}" if status else f"no connection ({type(fault).__name__})"
             tell(f"  {why}; trying to {what} again in {wait:.0f} s")
             time.sleep(wait)
             number, wait = number + 1, 2 * wait
+
+
+def _fault_of_the_hub(error: BaseException | None) -> Exception | None:
+    """What the Hub answered or how the connection broke, which an upload wraps in an error that says neither."""
+    while error is not None and not isinstance(error, HTTPError | ConnectionError | TimeoutError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _explain(what: str, error: Exception, status: int | None, repo_id: str, number: int) -> str:

@@ -1231,6 +1231,17 @@ def _valid(pixels: Tensor, nodata: float | None, mask: Tensor | None) -> Tensor:
     return valid & (pixels != stored).all(dim=0)
 
 
+def takes_pictures(spec: SensorSpec, bands: list[str]) -> bool:
+    """Whether an ordinary picture, 8 bits of red, green and blue, is an image of these bands of a sensor."""
+    colours = {"red", "green", "blue"}
+    return (
+        spec.default_unit == "dn"
+        and math.isclose(spec.scale or 0, 1 / 255)
+        and not spec.offset
+        and set(bands) <= colours
+    )
+
+
 def _open(image, spec: SensorSpec, chosen: list[str], layout: str | None) -> _Picture:
     """One image of any kind -> pixels (C, H, W) and what is known about them."""
     if isinstance(image, (str, os.PathLike)):
@@ -1245,10 +1256,10 @@ def _open(image, spec: SensorSpec, chosen: list[str], layout: str | None) -> _Pi
                 f"{image.mode!r}. Convert it, for example with `image.convert('RGB')`."
             )
         colours = _PIL_BANDS[image.mode]
-        if colours and not set(chosen) <= set(colours):
+        if colours and not takes_pictures(spec, chosen):
             raise ValueError(
-                f"`images` for sensor {spec.id!r} must hold its bands ({', '.join(chosen)}), got a picture of "
-                f"{', '.join(colours)}. {_OWN_PIPELINES}"
+                f"`images` for sensor {spec.id!r} must hold its bands ({', '.join(chosen)}) in its own numbers, got a "
+                f"picture of {', '.join(colours)}. {_OWN_PIPELINES}"
             )
         array = np.asarray(image)
         pixels = _tensor(array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0), spec)

@@ -214,8 +214,9 @@ class MultisensorImageToImagePipeline(_MultisensorPipeline):
     ```
 
     Its own arguments are `target` (`str`: the sensor to predict), `target_bands` (`list[str]`, by default those of
-    `config.inputs`, then all that the sensor's first level has) and `target_unit` (`str`, by default reflectance, dB or
-    metres). A sensor of a place that is the target itself is passed over.
+    `config.inputs`, then all that the level has), `target_level` (`str`, by default the sensor's first), `target_unit`
+    (`str`, by default reflectance, dB or metres) and `target_offset` (`float`, for the unit `dn` of a sensor whose
+    products differ in it). A sensor of a place that is the target itself is passed over.
 
     Returns, per place: a list with, for each other sensor of it, `{"sensor": str, "target": str, "bands": list[str],
     "unit": str, "image": np.ndarray}`, the image (bands, height, width) in float32, NaN where the input is invalid.
@@ -225,12 +226,13 @@ class MultisensorImageToImagePipeline(_MultisensorPipeline):
     better at these than at whole images.
     """
 
-    _parameters = ("target", "target_bands", "target_unit")
+    _parameters = ("target", "target_bands", "target_level", "target_unit", "target_offset")
 
     def _own_parameters(self, parameters):
-        return {name: parameters[name] for name in ("target", "target_bands") if name in parameters}, parameters
+        chosen = ("target", "target_bands", "target_level")
+        return {name: parameters[name] for name in chosen if name in parameters}, parameters
 
-    def _target(self, target, bands) -> list[str]:
+    def _target(self, target, bands, level) -> list[str]:
         """The bands to predict."""
         if target is None:
             raise ValueError(
@@ -241,16 +243,18 @@ class MultisensorImageToImagePipeline(_MultisensorPipeline):
         if bands is None:
             bands = self.model.config.inputs.get(target)
         if bands is None:
-            level = spec.check_level(None)
+            level = spec.check_level(level)
             bands = [band.name for band in spec.bands if level is None or level in band.levels]
         return [band.name for band in spec.select(bands)]
 
-    def _predict(self, places, bands, target=None, target_bands=None) -> ModelOutput:
-        wanted = self._target(target, target_bands)
-        if not hasattr(self.model, "decoders"):
+    def _predict(self, places, bands, target=None, target_bands=None, target_level=None) -> ModelOutput:
+        wanted = self._target(target, target_bands, target_level)
+        # Loaded from a head's checkpoint, decoders are as they were made.
+        saved_as = self.model.config.architectures or [type(self.model).__name__]
+        if not hasattr(self.model, "decoders") or type(self.model).__name__ not in saved_as:
             raise ValueError(
-                f"`model` must have decoders for {self.task or type(self).__name__!r}, got a "
-                f"{type(self.model).__name__}. Load one by `pipeline(task, model=folder)`."
+                f"`model` must have trained decoders for {self.task or type(self).__name__!r}, got a "
+                f"{', '.join(saved_as)}. Load one by `pipeline(task, model=folder)`."
             )
         self.model.eval()
         batch = data_collator(places)
@@ -279,8 +283,10 @@ class MultisensorImageToImagePipeline(_MultisensorPipeline):
             sensors=[tuple(sensors)] * len(places),
         )
 
-    def postprocess(self, model_outputs, target=None, target_bands=None, target_unit=None):
-        bands, sensors = self._target(target, target_bands), model_outputs["sensors"]
+    def postprocess(
+        self, model_outputs, target=None, target_bands=None, target_level=None, target_unit=None, target_offset=None
+    ):
+        bands, sensors = self._target(target, target_bands, target_level), model_outputs["sensors"]
         # Taken out of a batch it is the entry of its place, else a list of one.
         sensors = sensors[0] if isinstance(sensors, list) else sensors
         spec = get_sensor(target, self.model.config.sensors)
@@ -291,6 +297,8 @@ class MultisensorImageToImagePipeline(_MultisensorPipeline):
                 unit=target_unit,
                 sensor=target,
                 bands=bands,
+                level=target_level,
+                offset=target_offset,
                 valid_mask=model_outputs["valid_mask"][:, number],
                 reference=0.0 if spec.reference else None,
             )
