@@ -3,6 +3,7 @@
 import json
 import pickle
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -44,6 +45,14 @@ def test_truncated_files(legacy, tmp_path):
 def test_a_page_that_was_fetched_instead(tmp_path):
     (tmp_path / "source.pth").write_text("<html>You need to log in</html>")
     refuse(tmp_path, [tmp_path / "source.pth"], "`SRC` must be a whole file of `torch.save`, got .*source.pth")
+
+
+def test_an_archive_is_to_be_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "moe.zip", "w") as archive:
+        archive.writestr("moe.pth.master", b"x")
+    refuse(
+        tmp_path, [tmp_path / "moe.zip"], "`SRC` must be a file of `torch.save`, got the archive moe.zip of moe.pth.mas"
+    )
 
 
 def test_truncated_safetensors(tmp_path):

@@ -170,6 +170,15 @@ def _read_file(path: Path) -> Source:
 def _load_pickle(path: Path):
     """What `torch.save` wrote, by the unpickler of torch that builds tensors and containers and nothing else."""
     zipped = zipfile.is_zipfile(path)
+    if zipped:
+        with zipfile.ZipFile(path) as archive:
+            inside = archive.namelist()
+        # Swin-MoE's files are offered in archives; those of torch are archives too.
+        if not any(name.endswith("data.pkl") for name in inside):
+            raise ValueError(
+                f"`SRC` must be a file of `torch.save`, got the archive {path.name} of {', '.join(inside[:3])}. Unpack it, "
+                "and give the files that were in it."
+            )
     try:
         with torch.serialization.safe_globals([(OrderedDict, _CONFIG_NODE)]):
             # Mapped, an optimizer's state is never read.
