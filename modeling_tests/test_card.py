@@ -12,7 +12,15 @@ import tiny_models
 from msgfm_hf import MsGFMConfig, MsGFMForPreTraining, MsGFMImageProcessor
 from msgfm_hf.convert.checkpoint import convert_checkpoint
 from msgfm_hf.data.synthetic import make_synthetic_shards
-from msgfm_hf.hub.card import CardFacts, Result, hosted_widget, read_facts, render_eval_results, render_model_card
+from msgfm_hf.hub.card import (
+    CardFacts,
+    Result,
+    hosted_widget,
+    read_facts,
+    render_eval_results,
+    render_model_card,
+    without_folders,
+)
 from msgfm_hf.hub.examples import write_examples
 from msgfm_hf.hub.push import prepare_checkpoint, push_to_hub
 from msgfm_hf.model.image_processing_msgfm import read_geotiff
@@ -103,6 +111,7 @@ def test_a_number_without_what_made_it_is_not_rendered(missing, tmp_path):
     [
         ({"value": "0.4"}, "`value` of 'masked L1' must be a finite number, got '0.4'"),
         ({"value": float("nan")}, "`value` of 'masked L1' must be a finite number, got nan"),
+        ({"task_id": "c"}, "`dataset_id` of 'masked L1' must come with a `task_id`"),
         ({"seed": []}, "`results` must state .* without seed"),
         ({"commit": "?"}, "`results` must state .* without commit"),
         ({"command": " "}, "`results` must state .* without command"),
@@ -156,7 +165,7 @@ def test_facts_on_a_sensor_that_is_not_there():
 
 
 def test_a_report_of_evaluation_is_results(tmp_path):
-    rows = [{"source": "autzen", "input": "dsm", "target": "rgb", "crops": 20, "l1": 0.536}]
+    rows = [{"source": "autzen", "input": "dsm", "target": "rgb", "crops": 20, "places": 1, "l1": 0.536}]
     report = {
         "measure": "masked L1",
         "command": "msgfm evaluate --model a",
@@ -168,8 +177,9 @@ def test_a_report_of_evaluation_is_results(tmp_path):
     }
     (tmp_path / "report.json").write_text(json.dumps(report))
     (result,) = facts_of(tmp_path, "results: [report.json]").results
-    assert (result.task, result.n, result.seed, result.origin) == ("dsm → rgb", 20, "0, 1", "run")
-    assert result.metric == "masked L1, median over the seeds"
+    assert (result.task, result.n, result.seed, result.origin) == ("dsm → rgb", 1, "0, 1", "run")
+    assert result.metric == "masked L1; 20 crops of n places, median of 2 models of one recipe"
+    assert "**Demonstration, not evidence: fewer than three places.**" in str(card(CardFacts(results=[result])))
     (tmp_path / "report.json").write_text(json.dumps({**report, "trained": [None, None]}))
     with pytest.raises(ValueError, match="without seed"):
         facts_of(tmp_path, "results: [report.json]")
@@ -232,6 +242,27 @@ def test_folders_of_a_machine_are_not_published(tmp_path):
     assert not any("alice" in text or str(tmp_path) in text for text in texts)
     assert "`pretrain.py --data shards --hub https://example.org/a/b` at commit abc" in texts[0]
     assert json.loads(texts[1])["command"] == "msgfm convert source.pth --out=model"
+
+
+HOME = "/" + "home/alice"
+
+
+@pytest.mark.parametrize(
+    "command, published",
+    [
+        (f"msgfm evaluate --model {HOME}/secret/runs/a --data x", "msgfm evaluate --model a --data x"),
+        (f"pretrain --data {HOME}/shards/ --name x", "pretrain --data shards --name x"),
+        (f"a --in=file://{HOME}/x ~alice/q/r ~/y s1={HOME}/b.tif,unit=db", "a --in=x r y s1=b.tif,unit=db"),
+        ("a --data hf://datasets/a/b https://c.org/d runs/e", "a --data hf://datasets/a/b https://c.org/d runs/e"),
+    ],
+)
+def test_commands_are_published_without_folders(command, published):
+    assert Result.from_dict({**RESULT, "command": command}).command == without_folders(command) == published
+
+
+def test_a_table_is_not_broken_by_what_stands_in_it():
+    text = str(card(CardFacts(results=[Result.from_dict({**RESULT, "command": "a | b"})])))
+    assert r"`a \| b` at ef446076561f" in text
 
 
 def test_a_converted_checkpoint_is_not_called_msgfm_weights(tmp_path):

@@ -138,14 +138,18 @@ def test_folders_and_names(tmp_path):
     refuse(tmp_path, [tmp_path / "vit"], "got a Transformers model of type 'vit'. Only relatives of Swin")
 
 
-def test_the_folder_to_write_is_never_overwritten(tmp_path):
+def test_the_folder_to_write_is_never_overwritten(tmp_path, monkeypatch):
     source = save(tmp_path, make_source())
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("precious")
     refuse(tmp_path, source, "`--out` must be a new or an empty folder, got .* Name another, or remove it")
     assert (tmp_path / "out/mine.txt").read_text() == "precious"
     (tmp_path / "out/mine.txt").unlink()
-    convert_checkpoint(source, tmp_path / "out")
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    convert_checkpoint(source, tmp_path / "link")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="`--out` must be another folder than the current one"):
+        convert_checkpoint(source, ".")
     assert (tmp_path / "out/model.safetensors").is_file()
 
 

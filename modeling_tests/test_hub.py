@@ -549,10 +549,14 @@ def handler_requests(hub):
     )
     packed = io.BytesIO()
     np.savez_compressed(packed, np.zeros((2, 700, 700), np.float32))
+    half = io.BytesIO()
+    np.savez_compressed(half, np.zeros((2, 300, 300), np.float32))
     requests[f"{REPO}#bytes"] = (
         [
             {"inputs": {"s1": in_base64(b"x" * 2**20), "s2": in_base64(b"x" * 2**20)}},
             {"inputs": {"s1": in_base64(packed.getvalue())}},
+            {"inputs": {"s1": in_base64(half.getvalue()), "s2": in_base64(half.getvalue())}},
+            {"inputs": {"skysat": in_base64(packed.getvalue())}},
         ],
         {"MAX_BYTES": 2**20 + 5, "MAX_UNPACKED_BYTES": 2**20},
     )
@@ -617,7 +621,7 @@ def test_the_handler_answers_sensors_and_errors_as_json(far):
 
 def test_the_handler_has_limits(far):
     pages, deep, lines = far["handler"]["tester/classifier#odd"]
-    assert "`rgb` must be at most 1 MiB unpacked" in pages["error"]
+    assert "`inputs` must be at most 1 MiB unpacked, got 1 MiB with 'rgb'" in pages["error"]
     assert "must be a picture of 8 bits, got one of mode 'I;16'" in deep["error"]
     assert [entry["label"] for entry in lines][:2] == [
         entry["label"] for entry in far["handler"]["tester/classifier"][0]
@@ -625,9 +629,11 @@ def test_the_handler_has_limits(far):
     assert far["handler"][f"{REPO}#tensors"] == far["handler"][REPO][:1]
     for answer, size in zip(far["handler"][f"{REPO}#pixels"], ("128 x 128", "40 x 40", "128 x 128"), strict=True):
         assert f"must have at most 30 x 30 pixels, got {size}" in answer["error"]
-    several, packed = far["handler"][f"{REPO}#bytes"]
+    several, packed, together, strange = far["handler"][f"{REPO}#bytes"]
+    assert "`inputs` must be at most 1 MiB unpacked, got 1 MiB with 's2'" in together["error"]
+    assert "`inputs` must be of the sensors of this checkpoint (dsm, rgb, s1, s2), got 'skysat'" in strange["error"]
     assert "`inputs` must be at most 1 MiB, got 2 MiB with 's2'" in several["error"]
-    assert "`s1` must be at most 1 MiB unpacked, got 4 MiB" in packed["error"]
+    assert "`inputs` must be at most 1 MiB unpacked, got 4 MiB with 's1'" in packed["error"]
 
 
 # ----------------------------------------------------------------------------------------------------------- data sets

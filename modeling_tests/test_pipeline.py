@@ -466,7 +466,7 @@ def test_numbers_of_a_product_need_its_offset():
     numbers = pipe({"s1": backscatter()}, **options, target_offset=-1000)[0]
     assert numbers["unit"] == "dn"
     np.testing.assert_allclose(numbers["image"], reflectance * 1e4 + 1000, rtol=1e-4)
-    with pytest.raises(ValueError, match="`offset`"):
+    with pytest.raises(ValueError, match="`target_offset` must be given for digital numbers of 's2'"):
         pipe({"s1": backscatter()}, **options)
 
 

@@ -27,12 +27,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
+from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining, SwinConfig, SwinModel
 
 import msgfm_hf
 from msgfm_hf.convert.checkpoint import convert_checkpoint
 from msgfm_hf.data.mixture import SourceOrder
 from msgfm_hf.data.shards import ShardImage, ShardRow, ShardSource, ShardWriter
+from msgfm_hf.hub.card import CardFacts
+from msgfm_hf.hub.push import prepare_checkpoint, push_to_hub
 from msgfm_hf.model.sensors import SENSORS
 from msgfm_hf.tasks.reconstruction import evaluate_reconstruction, masked_crops, training_statistics
 from msgfm_hf.train import pretrain as pretrain_module
@@ -183,45 +185,87 @@ def assert_same_run(out, other, step=STEPS):
 
 
 @pytest.fixture(scope="module")
-def relative(tmp_path_factory):
-    """A converted Swin with experts, of pictures from 0 to 1."""
-    folder = tmp_path_factory.mktemp("relative")
-    source = make_source("v1", embed_dim=12, depths=(1, 1, 2), num_heads=(1, 1, 2), window=3, image_size=48)
-    torch.save(source, folder / "swin.pth")
-    convert_checkpoint([folder / "swin.pth"], folder / "model", num_experts=2, image_size=48)
-    return folder / "model"
+def relatives(tmp_path_factory):
+    """Converted Swins with experts: a trunk, and a classifier whose biases are a network of the offset."""
+    folder = tmp_path_factory.mktemp("relatives")
+    options = {"embed_dim": 12, "depths": (1, 1, 2), "num_heads": (1, 1, 2), "window": 3, "image_size": 48}
+    for kind, classes in (("v1", 0), ("v2", 3)):
+        torch.save(make_source(kind, classes=classes, **options), folder / f"{kind}.pth")
+        convert_checkpoint([folder / f"{kind}.pth"], folder / kind, num_experts=2, image_size=48)
+    return folder
 
 
-def test_a_run_starts_from_a_converted_relative(relative, data, tmp_path):
-    changes = {"init_from": str(relative), "model": {"image_size": SIZE, "mask_patch_size": 8}, "learning_rate": 1e-30}
-    recipe = plan(data, tmp_path / "run", **changes, max_steps=1, eval_steps=1, save_steps=1, warmup_steps=0)
+SMALL = {"image_size": SIZE, "mask_patch_size": 8}
+
+
+def test_a_run_starts_from_a_converted_relative(relatives, data, tmp_path):
+    start = str(relatives / "v1")
+    recipe = plan(
+        data, tmp_path / "run", init_from=start, model=SMALL, max_steps=1, learning_rate=1e-30, warmup_steps=0
+    )
     _, said = run(recipe)
-    assert f"Starts from {relative}: its encoder; sensors it knows: rgb; fresh: s1, s2" in said
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", relative))
+    assert f"Starts from {start}: its encoder; embeddings of rgb; decoders of none" in said
+    assert "fresh: embeddings of s1, s2, decoders of rgb, s1, s2" in said
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", relatives / "v1"))
     for name, tensor in theirs.items():
         if name.startswith(("encoder.", "layernorm.", "embeddings.patch_embeddings.rgb.")):
             torch.testing.assert_close(ours[f"msgfm.{name}"], tensor, atol=1e-6, rtol=0)
     assert {name.split(".")[1] for name in ours if name.startswith("decoders.")} == {"rgb", "s1", "s2"}
-    record = json.loads((tmp_path / "run/run.json").read_text())
-    assert record["identity"]["init_from"] == str(relative)
+    record = json.loads((tmp_path / "run/run.json").read_text())["start"]
+    assert (record["checkpoint"], record["layout"], record["files"]) == (start, "swin", ["v1.pth"])
+    # Who gets the model is told where it comes from.
+    told = []
+    push_to_hub(tmp_path / "run", "me/mine", dry_run=True, tell=told.append)
+    assert f"it started from {start}" in told[0]
+    (tmp_path / "staging").mkdir()
+    prepare_checkpoint(tmp_path / "run", "me/mine", CardFacts(), tmp_path / "staging")
+    card = (tmp_path / "staging/README.md").read_text()
+    assert (
+        "starting from weights of the layout `swin`, which others trained" in card and "converted from v1.pth" in card
+    )
 
 
-def test_a_run_from_a_relative_goes_on_exactly(relative, alone, tmp_path):
-    changes = {"init_from": str(relative), "model": {"image_size": SIZE, "mask_patch_size": 8}}
+def test_a_run_goes_on_exactly_though_its_start_is_gone(relatives, alone, tmp_path):
+    start = shutil.copytree(relatives / "v2", tmp_path / "start")
+    changes = {"init_from": str(start), "model": SMALL}
     run(quick(alone, tmp_path / "whole", **changes))
-    run(quick(alone, tmp_path / "halves", **changes))
+    shutil.copytree(tmp_path / "whole", tmp_path / "halves")
     shutil.rmtree(tmp_path / "halves/checkpoints/step-00000008")
+    start.rename(tmp_path / "moved")
     run(quick(alone, tmp_path / "halves", **changes), resume=True)
     assert_same_run(tmp_path / "halves", tmp_path / "whole", step=8)
+    # Elsewhere it is the same start; other weights are another run.
+    shutil.rmtree(tmp_path / "halves/checkpoints/step-00000008")
+    run(quick(alone, tmp_path / "halves", **changes | {"init_from": str(tmp_path / "moved")}), resume=True)
+    with pytest.raises(CheckpointError, match="init_from"):
+        run(quick(alone, tmp_path / "halves", **changes | {"init_from": str(relatives / "v1")}), resume=True)
 
 
-def test_a_start_of_another_architecture_is_refused(relative, alone, tmp_path):
-    recipe = quick(alone, tmp_path / "run", init_from=str(relative), model={"depths": [1, 1, 3], "image_size": SIZE})
+def test_a_smaller_window_keeps_the_scale_of_the_offsets(relatives, alone):
+    recipe = quick(alone, "none", init_from=str(relatives / "v2"), model={**SMALL, "window_size": 2})
+    start = recipe.start_config()
+    config = recipe.model_config(start.sensors, start.inputs, start)
+    assert config.window_size == 2 and config.pretrained_window_sizes == [3, 3, 3]
+    recipe = quick(alone, "none", init_from=str(relatives / "v2"))
+    assert recipe.model_config(start.sensors, start.inputs, start).pretrained_window_sizes == [0, 0, 0]
+
+
+@pytest.mark.parametrize("model", [{"depths": [1, 1, 3]}, {"patch_size": 8}], ids=["depths", "patches"])
+def test_a_start_of_another_architecture_is_refused(relatives, alone, tmp_path, model):
+    recipe = quick(alone, tmp_path / "run", init_from=str(relatives / "v1"), model={**SMALL, **model})
     with pytest.raises(ValueError, match="`model` must keep the architecture of `init_from`, got another for"):
         pretrain(recipe)
-    with pytest.raises(OSError, match="none"):
-        pretrain(quick(alone, tmp_path / "run", init_from=str(tmp_path / "none")))
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+
+
+def test_a_start_that_is_no_checkpoint_is_refused(alone, tmp_path):
+    with pytest.raises(ValueError, match="`init_from` must be a checkpoint, a folder or a repository .* got '.*none'"):
+        pretrain(quick(alone, tmp_path / "run", init_from=str(tmp_path / "none")))
+    SwinModel(SwinConfig(embed_dim=8, depths=[1], num_heads=[1])).save_pretrained(tmp_path / "swin")
+    with pytest.raises(
+        ValueError, match="`init_from` must be an msGFM checkpoint, got one of type 'swin' .*msgfm convert"
+    ):
+        pretrain(quick(alone, tmp_path / "run", init_from=str(tmp_path / "swin")))
 
 
 # What a run leaves

@@ -67,7 +67,7 @@ def convert_checkpoint(
 
     With `num_experts` each MLP of the paper's blocks (every other one of stage 3) becomes that many copies of itself
     behind a fresh router. Before training the output of such a block's MLP is the top-1 gate times that of the source,
-    so features are not those of the source until the routers have learned.
+    so features are not those of the source until the routers have learned (but nearly, where a norm follows the MLP).
 
     Args:
         sources: as of `msgfm_hf.convert.source.read_source`.
@@ -93,7 +93,9 @@ def convert_checkpoint(
         ValueError: for a source that is damaged, foreign or ambiguous, or options that do not fit it. Nothing is
             written then.
     """
-    out = Path(out)
+    out = Path(out).resolve()
+    if out == Path.cwd():
+        raise ValueError(f"`--out` must be another folder than the current one, got {str(out)!r}. Name one in it.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"`--out` must be a new or an empty folder, got {str(out)!r}. Name another, or remove it.")
     for name, value in (("--image-size", image_size), ("--window-size", window_size), ("--num-experts", num_experts)):
@@ -391,7 +393,8 @@ def _make_experts(translation: Translation, fields: dict, origins: dict, num_exp
                     translation.change(final, copies, f"{num_experts} copies, one per expert")
     translation.remarks.append(
         f"the {num_experts} experts of a block are copies of the source's MLP behind a fresh router: before training "
-        "such a block adds the top-1 gate, about 1 / experts, times what it added in the source"
+        "their output is the top-1 gate, about 1 / experts, times that of the source"
+        + (", which the norm behind them nearly undoes" if fields["norm_position"] == "post" else "")
     )
 
 

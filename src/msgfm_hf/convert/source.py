@@ -176,8 +176,8 @@ def _load_pickle(path: Path):
         # Swin-MoE's files are offered in archives; those of torch are archives too.
         if not any(name.endswith("data.pkl") for name in inside):
             raise ValueError(
-                f"`SRC` must be a file of `torch.save`, got the archive {path.name} of {', '.join(inside[:3])}. Unpack it, "
-                "and give the files that were in it."
+                f"`SRC` must be a file of `torch.save`, got the archive {path.name} of {', '.join(inside[:3])}. Unpack "
+                "it, and give the files that were in it."
             )
     try:
         with torch.serialization.safe_globals([(OrderedDict, _CONFIG_NODE)]):

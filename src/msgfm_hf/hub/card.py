@@ -24,6 +24,8 @@ from msgfm_hf.model.image_processing_msgfm import takes_pictures
 from msgfm_hf.model.sensors import SensorSpec
 
 FACTS = "card.yaml"
+# An absolute path, of the machine or of a user's home; addresses of the net are not meant.
+_PATH = re.compile(r"(?<![\w.:/~-])(?:file://|~\w*)?/(?:[^/\s,'\"]+/)*([^/\s,'\"]+)/?(?=[\s,'\"]|$)")
 NOT_STATED = "not stated"
 # Auto class, pipeline tag and our own pipeline of each class that can be published.
 CLASSES = {
@@ -136,7 +138,11 @@ class Result:
             raise ValueError(f"`origin` of {told!r} must be run or copied, got {entry['origin']!r}. Say which.")
         if entry["origin"] == "copied" and not entry.get("source"):
             raise ValueError(f"`source` of {told!r} must be given for a copied number, got none. Add its address.")
-        return cls(**entry)
+        if bool(entry.get("dataset_id")) != bool(entry.get("task_id")):
+            raise ValueError(
+                f"`dataset_id` of {told!r} must come with a `task_id`, got one of them. Give both or none."
+            )
+        return cls(**{**entry, "command": without_folders(entry["command"])})
 
 
 @dataclass(frozen=True)
@@ -232,14 +238,16 @@ def _read_results(path: Path) -> list[dict]:
         # What made the models is in the report; without it there is no seed to state.
         trained = [made or {} for made in content["trained"]]
         seeds = ", ".join(str(made["seed"]) for made in trained if made.get("seed") is not None)
+        several = f", median of {len(trained)} models of one recipe" if len(trained) > 1 else ""
         return [
             {
                 "task": f"{row['input']} → {row['target']}",
                 "dataset": row["source"],
                 "split": content.get("split"),
-                "metric": content["measure"] + (", median over the seeds" if len(trained) > 1 else ""),
+                "metric": f"{content['measure']}; {row['crops']} crops of n places{several}",
                 "value": row["l1"],
-                "n": row["crops"],
+                # Crops of one place are not repetitions.
+                "n": row["places"],
                 "seed": seeds,
                 "commit": content.get("commit"),
                 "command": content.get("command"),
@@ -328,7 +336,8 @@ def render_model_card(
         limits=[*_MODEL_LIMITS, *facts.limits],
         beware=[*facts.beware, *_MODEL_BEWARE],
         training_data=_training_data(facts, trained_on),
-        results=facts.results,
+        results=[_cells(vars(result)) for result in facts.results],
+        few_places=any(result.origin == "run" and result.n < 3 for result in facts.results),
         made=list(made),
         hosted=(
             "The widget of the Hub can send a picture to this checkpoint; whether it does is up to the providers, most "
@@ -438,9 +447,20 @@ def _template(name: str) -> str:
     return resources.files("msgfm_hf").joinpath("hub", "templates", name).read_text(encoding="utf-8")
 
 
+def without_folders(command: str) -> str:
+    """A command without the folders of the machine it was given on: of absolute paths the last part stays."""
+    return _PATH.sub(r"\1", command)
+
+
+def _cells(row: Mapping) -> dict:
+    """Values for a table, whose columns a | would break."""
+    return {name: value.replace("|", "\\|") if isinstance(value, str) else value for name, value in row.items()}
+
+
 def _training_data(facts: CardFacts, known: Sequence[str]) -> list[dict]:
     stated = facts.training_data or [{"name": name} for name in known] or [{"name": NOT_STATED}]
-    return [{"url": "", "note": "", **entry, "license": entry.get("license") or NOT_STATED} for entry in stated]
+    usual = {"url": "", "note": ""}
+    return [_cells({**usual, **entry, "license": entry.get("license") or NOT_STATED}) for entry in stated]
 
 
 def _eval_result(result: Result, tag: str) -> EvalResult:

@@ -45,7 +45,9 @@ class EndpointHandler:
 
     def __init__(self, path: str = "", **kwargs):
         self.path = path
-        architecture = (json.loads(Path(path, "config.json").read_text()).get("architectures") or [""])[0]
+        config = json.loads(Path(path, "config.json").read_text())
+        architecture = (config.get("architectures") or [""])[0]
+        self.sensors = set(config["sensors"])
         self.task = _TASKS.get(architecture, _FEATURES)
         self.has_decoders = architecture == "MsGFMForPreTraining"
         self.pipelines = {self.task: self._load(self.task)}
@@ -76,7 +78,14 @@ class EndpointHandler:
             parameters = {"pool": True, "return_tensors": False, **parameters}
         if task not in self.pipelines:
             self.pipelines[task] = self._load(task)
-        return _as_json(self.pipelines[task](_read_inputs(data["inputs"], folder), **parameters))
+        inputs = data["inputs"]
+        unknown = sorted(set(inputs) - self.sensors) if isinstance(inputs, dict) else []
+        if unknown:
+            raise ValueError(
+                f"`inputs` must be of the sensors of this checkpoint ({', '.join(sorted(self.sensors))}), got "
+                f"{unknown[0]!r}. Correct the name."
+            )
+        return _as_json(self.pipelines[task](_read_inputs(inputs, folder), **parameters))
 
 
 def _read_inputs(inputs, folder: Path):
@@ -91,11 +100,14 @@ def _read_inputs(inputs, folder: Path):
                 f"`inputs` must be at most {MAX_BYTES // 2**20} MiB, got {total / 2**20:.0f} MiB with {name!r}. Send "
                 "a smaller window."
             )
-    images = {name: _read_image(name, value, folder) for name, value in several.items()}
+    images, unpacked = {}, [0]
+    for name, value in several.items():
+        images[name] = _read_image(name, value, folder, unpacked)
     return images if isinstance(inputs, dict) else images["inputs"]
 
 
-def _read_image(name: str, value, folder: Path):
+def _read_image(name: str, value, folder: Path, unpacked: list[int]):
+    """One image; `unpacked` holds the bytes of those before it."""
     if isinstance(value, Image.Image):
         return _picture(name, value)
     if isinstance(value, str):
@@ -113,17 +125,17 @@ def _read_image(name: str, value, folder: Path):
         try:
             with tifffile.TiffFile(path) as file:
                 pages = [page.aspage() for page in file.pages]
-                shapes, unpacked = [(page.imagewidth, page.imagelength) for page in pages], sum(p.nbytes for p in pages)
+                shapes, size = [(page.imagewidth, page.imagelength) for page in pages], sum(p.nbytes for p in pages)
         except Exception as error:  # tifffile raises types of its own
             raise ValueError(
                 f"`{name}` must be a readable TIFF, got a damaged one ({error}). Send it again."
             ) from error
         for width, height in shapes:
             _check_pixels(name, width, height)
-        _check_unpacked(name, unpacked)
+        _check_unpacked(name, size, unpacked)
         return str(path)
     if value[:4] == b"PK\x03\x04":
-        return _read_npz(name, value)
+        return _read_npz(name, value, unpacked)
     try:
         return _picture(name, Image.open(io.BytesIO(value)))
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
@@ -143,11 +155,11 @@ def _picture(name: str, picture: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(picture).convert("RGB")
 
 
-def _read_npz(name: str, value: bytes) -> np.ndarray:
+def _read_npz(name: str, value: bytes, unpacked: list[int]) -> np.ndarray:
     try:
         with zipfile.ZipFile(io.BytesIO(value)) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-        _check_unpacked(name, unpacked)
+            size = sum(entry.file_size for entry in archive.infolist())
+        _check_unpacked(name, size, unpacked)
         with np.load(io.BytesIO(value), allow_pickle=False) as arrays:
             if len(arrays.files) != 1:
                 raise ValueError(
@@ -162,11 +174,12 @@ def _read_npz(name: str, value: bytes) -> np.ndarray:
     return array
 
 
-def _check_unpacked(name: str, size: int):
-    if size > MAX_UNPACKED_BYTES:
+def _check_unpacked(name: str, size: int, before: list[int]):
+    before[0] += size
+    if before[0] > MAX_UNPACKED_BYTES:
         raise ValueError(
-            f"`{name}` must be at most {MAX_UNPACKED_BYTES // 2**20} MiB unpacked, got {size / 2**20:.0f} MiB. Send a "
-            "smaller window."
+            f"`inputs` must be at most {MAX_UNPACKED_BYTES // 2**20} MiB unpacked, got {before[0] / 2**20:.0f} MiB "
+            f"with {name!r}. Send a smaller window."
         )
 
 

@@ -2,7 +2,6 @@
 
 import fnmatch
 import json
-import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,6 +35,7 @@ from .card import (
     render_dataset_card,
     render_eval_results,
     render_model_card,
+    without_folders,
 )
 from .code import write_model_code
 from .examples import write_examples
@@ -53,14 +53,13 @@ _OURS = (
     "examples/segmentation.png",
     *(f"examples/{sensor}.tif" for sensor in SENSORS),
 )
-# An absolute path, of which the last part stays; addresses of the net are not meant.
-_FOLDERS = re.compile(r"(?<![\w.:/-])~?/(?:[^/\s,'\"]+/)+([^/\s,'\"]*)")
 ATTEMPTS = 5
 _FIRST_WAIT = 1.0
 
 
 class PushError(RuntimeError):
-    """The Hub refused or could not be reached; the repository is as it was before."""
+    """The Hub refused or could not be reached; no commit was made. A repository or branch may be there that is new and
+    empty."""
 
 
 @dataclass
@@ -138,7 +137,7 @@ def push_to_hub(
     facts = read_facts(card if card is not None else default if default.is_file() else None)
     with tempfile.TemporaryDirectory() as staging:
         prepare = prepare_checkpoint if (folder / "config.json").is_file() else prepare_shards
-        publication = prepare(folder, repo_id, facts, Path(staging))
+        publication = prepare(folder, repo_id, facts, Path(staging), revision or "main")
         tell(str(publication))
         if dry_run:
             tell("Nothing was pushed (--dry-run).")
@@ -148,13 +147,17 @@ def push_to_hub(
         return address
 
 
-def prepare_checkpoint(folder: Path, repo_id: str, facts: CardFacts, staging: Path) -> Publication:
+def prepare_checkpoint(
+    folder: Path, repo_id: str, facts: CardFacts, staging: Path, revision: str = "main"
+) -> Publication:
     """All files of the repository of a checkpoint; those that are made lie in `staging`.
 
     Raises:
         ValueError: if the folder holds no whole checkpoint.
     """
-    weights = sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern))
+    # In one file where there is one: pieces beside it are of another time.
+    whole = [folder / _WEIGHTS[0]] if (folder / _WEIGHTS[0]).is_file() else []
+    weights = whole or sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern))
     for name, found in (("model.safetensors", weights), ("preprocessor_config.json", ["preprocessor_config.json"])):
         if not found or (name.endswith(".json") and not (folder / name).is_file()):
             raise ValueError(
@@ -190,7 +193,7 @@ def prepare_checkpoint(folder: Path, repo_id: str, facts: CardFacts, staging: Pa
         raise ValueError(
             f"`DIR` must hold whole weights, got damaged ones in {str(folder)!r} ({error}). Save or fetch them again."
         ) from error
-    widget = _widget(folder, repo_id, architecture, model, examples)
+    widget = _widget(folder, f"{repo_id}/resolve/{revision}", architecture, model, examples)
     record, conversion = (_without_folders(_read_json(folder / name)) for name in ("run.json", *_RECORDS))
     if conversion:
         (staging / _RECORDS[0]).write_text(json.dumps(conversion, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -202,7 +205,7 @@ def prepare_checkpoint(folder: Path, repo_id: str, facts: CardFacts, staging: Pa
         repo_id,
         facts,
         made=_how_made(record, conversion),
-        origin=_origin(conversion),
+        origin=_origin(conversion) or _started(record),
         widget=widget,
         trained_on=_trained_on(record),
         example=f"examples/{first}.tif",
@@ -215,12 +218,17 @@ def prepare_checkpoint(folder: Path, repo_id: str, facts: CardFacts, staging: Pa
     files = {path.relative_to(staging).as_posix(): path for path in sorted(staging.rglob("*")) if path.is_file()}
     files |= {path.name: path for path in weights}
     remarks = _remarks(facts)
+    if record.get("start"):
+        remarks.append(
+            f"it started from {record['start']['checkpoint']}: may you pass on what came of those weights? Name them "
+            "in `base_model:` and `training_data:`"
+        )
     if not facts.results:
         remarks.append("no results: `results:` names reports of `msgfm evaluate --out`, or numbers with what made them")
     return Publication("model", files, remarks, _OURS)
 
 
-def prepare_shards(folder: Path, repo_id: str, facts: CardFacts, staging: Path) -> Publication:
+def prepare_shards(folder: Path, repo_id: str, facts: CardFacts, staging: Path, revision: str = "main") -> Publication:
     """All files of the repository of a folder of shards.
 
     Raises:
@@ -287,7 +295,7 @@ def _read_json(path: Path) -> dict:
 def _without_folders(record: dict) -> dict:
     """What made a checkpoint, without the folders of the machine that did."""
     command = record.get("command")
-    return record | {"command": _FOLDERS.sub(r"\1", command)} if isinstance(command, str) else record
+    return record | {"command": without_folders(command)} if isinstance(command, str) else record
 
 
 def _how_made(record: dict, conversion: dict) -> list[str]:
@@ -295,6 +303,10 @@ def _how_made(record: dict, conversion: dict) -> list[str]:
     if record:
         versions = ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
         lines.append(f"Pretrained: `{record.get('command')}` at commit {record.get('commit')}, {versions}.")
+        start = record.get("start") or {}
+        if start:
+            of = f", converted from {', '.join(start['files'])} ({start['layout']})" if start.get("layout") else ""
+            lines.append(f"Started from `{start['checkpoint']}`{of}; its licence and its training data count here too.")
         if any(source.startswith("synthetic") for source in _trained_on(record)):
             lines.append("**On synthetic scenes: a demonstration, not a model of the earth.**")
     if conversion:
@@ -318,6 +330,16 @@ def _origin(conversion: dict) -> str | None:
     )
 
 
+def _started(record: dict) -> str | None:
+    layout = (record.get("start") or {}).get("layout")
+    if not layout:
+        return None
+    return (
+        f"Pretrained with `msgfm_hf`, starting from weights of the layout `{layout}`, which others trained. It is not "
+        "a checkpoint of the paper's authors, who released none."
+    )
+
+
 def _requirements() -> str:
     """What the code beside a checkpoint needs: Transformers as it was tested with, since its interfaces change."""
     stated = [line for line in metadata.requires("msgfm_hf") or () if "extra ==" not in line]
@@ -325,11 +347,11 @@ def _requirements() -> str:
     return "\n".join(sorted([*lines, f"transformers=={metadata.version('transformers')}"])) + "\n"
 
 
-def _widget(folder: Path, repo_id: str, architecture: str, model, examples: dict[str, Path]) -> list[dict]:
+def _widget(folder: Path, place: str, architecture: str, model, examples: dict[str, Path]) -> list[dict]:
     """Examples for the widget of the Hub with the outputs of the stock pipeline, where it takes a picture."""
     if not hosted_widget(model.config, architecture) or "picture" not in examples:
         return []
-    address = f"https://huggingface.co/{repo_id}/resolve/main/examples"
+    address = f"https://huggingface.co/{place}/examples"
     task = CLASSES[architecture][1]
     picture = Image.open(examples["picture"])
     found = pipeline(task, model=model, image_processor=str(folder))(picture)
@@ -360,20 +382,21 @@ def _commit(
         return _with_retries(what, call, repo_id, tell)
 
     attempt("make the repository", lambda: api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True))
-    if revision is not None and revision != "main":
-        attempt(
-            f"make the branch {revision}",
-            lambda: api.create_branch(repo_id, branch=revision, repo_type=kind, exist_ok=True),
-        )
     if private and not attempt("look at it", lambda: api.repo_info(repo_id, repo_type=kind)).private:
         raise PushError(
             f"`--private` must be left out for a repository that is public, got {repo_id!r}. Make it private in its "
             "settings first, or name another."
         )
+    if revision is not None and revision != "main":
+        attempt(
+            f"make the branch {revision}",
+            lambda: api.create_branch(repo_id, branch=revision, repo_type=kind, exist_ok=True),
+        )
 
     def obsolete_files() -> list[str]:
         there = api.list_repo_files(repo_id, repo_type=kind, revision=revision)
-        others = sorted({path.split("/")[1] for path in there if path.startswith("data/")} - publication.sources)
+        shards = [path.split("/") for path in there if fnmatch.fnmatch(path, "data/*/*.parquet")]
+        others = sorted({parts[1] for parts in shards} - publication.sources)
         if publication.sources and others:
             raise ValueError(
                 f"`DIR` must hold all sources of the data set, whose card names them, got "

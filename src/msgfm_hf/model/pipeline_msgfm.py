@@ -290,6 +290,11 @@ class MultisensorImageToImagePipeline(_MultisensorPipeline):
         # Taken out of a batch it is the entry of its place, else a list of one.
         sensors = sensors[0] if isinstance(sensors, list) else sensors
         spec = get_sensor(target, self.model.config.sensors)
+        if target_unit == "dn" and spec.offset is None and target_offset is None:
+            raise ValueError(
+                f"`target_offset` must be given for digital numbers of {target!r}, whose products differ in it, got "
+                "None. For example target_offset=0, or -1000 since processing baseline 04.00."
+            )
         results = []
         for number, sensor in enumerate(sensors):
             image = self.image_processor.post_process_image_to_image(

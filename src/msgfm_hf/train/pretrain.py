@@ -9,6 +9,7 @@ So a run that resumes goes on exactly as if it had never stopped, with another n
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import inspect
 import json
 import math
@@ -38,6 +39,7 @@ from msgfm_hf.data.batch import PreTrainingBatches, collate, count_loss_pixels
 from msgfm_hf.data.majortom import MajorTomSource
 from msgfm_hf.data.mixture import MixtureDataset, MixtureSampler, SourceOrder, steps_per_epoch
 from msgfm_hf.data.shards import ShardSource, find_sources, shard_splits
+from msgfm_hf.model.configuration_msgfm import MsGFMConfig
 from msgfm_hf.model.image_processing_msgfm import MsGFMImageProcessor
 from msgfm_hf.model.modeling_msgfm import MsGFMForPreTraining, count_parameters, routing_statistics
 from msgfm_hf.model.sensors import get_sensor
@@ -53,6 +55,7 @@ from msgfm_hf.train.checkpoint import (
     find_checkpoints,
     load_checkpoint,
     only_writer,
+    run_record,
     save_checkpoint,
     save_model,
     set_aside_later_checkpoints,
@@ -231,27 +234,61 @@ def _leave_signals_to_the_run(worker: int):
         os.setpgrp()
 
 
+def _describe_start(checkpoint: str) -> dict:
+    """Which weights a run starts from, and where these are from if they were converted."""
+    folder = Path(checkpoint)
+    report = folder / "conversion_report.json"
+    made_by = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+    digest = hashlib.sha256()
+    files = sorted(folder.glob("model*.safetensors"))
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return {
+        "checkpoint": checkpoint,
+        "sha256": digest.hexdigest() if files else None,
+        "layout": made_by.get("layout"),
+        "files": [file["name"] for file in made_by.get("files", ())],
+    }
+
+
 def _start_from(checkpoint: str, model: MsGFMForPreTraining) -> str:
     """Give a model the encoder of a checkpoint, and what that has for the model's sensors; returns what was taken.
 
     Raises:
-        ValueError: if the model has another encoder.
+        ValueError: if the model has another encoder, or others of the same sensors.
     """
-    start = MsGFMForPreTraining.from_pretrained(checkpoint)
-    own, given = model.state_dict(), start.state_dict()
+    verbosity = transformers_logging.get_verbosity()
+    # What it lacks is said below, once.
+    transformers_logging.set_verbosity_error()
+    try:
+        start, info = MsGFMForPreTraining.from_pretrained(checkpoint, output_loading_info=True)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    given = {name: tensor for name, tensor in start.state_dict().items() if name not in info["missing_keys"]}
+    own = model.state_dict()
     taken = {name: tensor for name, tensor in given.items() if name in own and own[name].shape == tensor.shape}
-    lacking = [name for name in own if name not in taken and name.startswith(("msgfm.encoder.", "msgfm.layernorm."))]
-    if lacking:
+    lacking = [name for name in own if name not in taken]
+    strange = [name for name in lacking if name in given or name.startswith(("msgfm.encoder.", "msgfm.layernorm."))]
+    if strange:
         raise ValueError(
-            f"`model` must keep the architecture of `init_from`, got another for {checkpoint!r}: {len(lacking)} "
-            f"tensors differ, such as {lacking[0]}. Leave these fields out of `model`."
+            f"`model` must keep the architecture of `init_from`, got another for {checkpoint!r}: {len(strange)} "
+            f"tensors differ, such as {strange[0]}. Leave these fields out of `model`."
         )
     model.load_state_dict(taken, strict=False)
-    known = [sensor for sensor in model.config.sensors if sensor in start.config.sensors]
-    fresh = [sensor for sensor in model.config.sensors if sensor not in known]
-    return f"Starts from {checkpoint}: its encoder; sensors it knows: {', '.join(known) or 'none'}" + (
-        f"; fresh: {', '.join(fresh)}" if fresh else ""
-    )
+
+    def of(part: str, names) -> set[str]:
+        return {name.removeprefix(part).split(".")[0] for name in names if name.startswith(part)}
+
+    told = [f"Starts from {checkpoint}: its encoder"]
+    for what, part in (("embeddings", "msgfm.embeddings.patch_embeddings."), ("decoders", "decoders.")):
+        told.append(f"{what} of {', '.join(sorted(of(part, taken))) or 'none'}")
+    fresh = [
+        f"{what} of {', '.join(sorted(of(part, lacking)))}"
+        for what, part in (("embeddings", "msgfm.embeddings.patch_embeddings."), ("decoders", "decoders."))
+        if of(part, lacking)
+    ]
+    return "; ".join([*told, *([f"fresh: {', '.join(fresh)}"] if fresh else [])])
 
 
 class Interrupt:
@@ -349,19 +386,17 @@ class _Run:
         self.turns_per_step = world * recipe.gradient_accumulation_steps
         self.epoch = self._epoch(self.turns_per_step)
         set_seed(recipe.seed)
+        start_config, start = self._find_start(resume)
+        specs = {} if start_config is None else start_config.sensors
+        specs = {sensor: specs.get(sensor) or get_sensor(sensor).to_dict() for sensor in mixture.sensors}
         first = "rgb" if "rgb" in mixture.sensors else mixture.sensors[0]
-        self.config = recipe.model_config(
-            {sensor: get_sensor(sensor).to_dict() for sensor in mixture.sensors}, {first: get_sensor(first).band_names}
-        )
+        bands = [band["name"] for band in specs[first]["bands"]]
+        self.config = recipe.model_config(specs, {first: bands}, start_config)
         self.processor = MsGFMImageProcessor.from_config(self.config)
         self.model = MsGFMForPreTraining(self.config)
-        if recipe.init_from:
-            told = _start_from(recipe.init_from, self.model)
-            if self.accelerator.is_main_process:
-                print(told)
         if recipe.gradient_checkpointing:
             self.model.activation_checkpointing_enable()
-        self.made_by = _made_by(recipe, mixture, world, self.accelerator.mixed_precision)
+        self.made_by = _made_by(recipe, mixture, world, self.accelerator.mixed_precision, start)
 
         # `planned` is what the schedule of the learning rate means by a step, whatever the number of processes now.
         self.planned = self._plan(self.turns_per_step)
@@ -369,6 +404,10 @@ class _Run:
         self.losses: list[float] = []
         self.first_crops = None
         loaded = self._load() if resume else None
+        if loaded is None and recipe.init_from:
+            told = _start_from(recipe.init_from, self.model)
+            if self.accelerator.is_main_process:
+                print(told)
         if loaded is not None:
             places = loaded[0].pop("streams")
             for stream in mixture.streams:
@@ -432,6 +471,18 @@ class _Run:
         if self.accelerator.is_main_process:
             told = f"This run was of {was['steps']} steps and is of {now['steps']} now"
             print(f"{told}: the learning rate follows the new length.")
+
+    def _find_start(self, resume: bool) -> tuple[MsGFMConfig | None, dict | None]:
+        """The configuration of what the run starts from, and which weights those are. A run that goes on needs neither
+        any more: its checkpoints tell."""
+        recipe = self.recipe
+        if not recipe.init_from:
+            return None, None
+        record = run_record(self.run_dir) if resume else None
+        checkpoints = find_checkpoints(self.run_dir) if record and record.get("start") else []
+        if checkpoints and not Path(recipe.init_from).exists():
+            return MsGFMConfig.from_pretrained(checkpoints[0].path), record["start"]
+        return recipe.start_config(), _describe_start(recipe.init_from)
 
     def _load(self) -> tuple[dict, dict] | None:
         """The newest whole checkpoint, as the main process finds it: what one process cannot read, none may use."""
@@ -1006,6 +1057,7 @@ def _precision(recipe: Recipe) -> str:
 _STATE = ("step", "turn", "planned", "best", "bad", "skipped", "losses")
 # What may differ between a checkpoint and the run that goes on from it, without changing what is learnt.
 _FREE_FIELDS = (
+    "init_from",
     "max_steps",
     "num_train_epochs",
     "name",
@@ -1030,15 +1082,18 @@ _FREE_FIELDS = (
 )
 
 
-def _made_by(recipe: Recipe, mixture: Mixture, world: int, precision: str) -> dict:
+def _made_by(recipe: Recipe, mixture: Mixture, world: int, precision: str, start: dict | None) -> dict:
     """What made a run: `identity` must be the same to resume it, the rest is for the record."""
     fields = dataclasses.asdict(recipe)
     identity = {name: value for name, value in fields.items() if name not in _FREE_FIELDS}
-    identity.update(mixed_precision=precision, sources=mixture.fingerprint())
+    # The weights, wherever they lie.
+    start_is = None if start is None else start["sha256"] or start["checkpoint"]
+    identity.update(mixed_precision=precision, sources=mixture.fingerprint(), init_from=start_is)
     packages = ("torch", "transformers", "accelerate")
     return {
         "identity": identity,
         "recipe": fields,
+        "start": start,
         "versions": {"msgfm_hf": __version__, **{name: metadata.version(name) for name in packages}},
         "commit": source_commit(),
         "command": " ".join(sys.argv),

@@ -173,19 +173,45 @@ class Recipe:
     def run_dir(self) -> Path:
         return Path(self.output_dir or f"runs/{self.name}")
 
-    def model_config(self, sensors: dict[str, dict], inputs: dict[str, list[str]]) -> MsGFMConfig:
-        """The configuration of the model this recipe trains, with exactly these sensors.
+    def start_config(self) -> MsGFMConfig | None:
+        """The configuration of `init_from`; `None` for a run that starts afresh.
 
-        With `init_from` the architecture is that of the checkpoint, and so are the sensors that it knows: their
-        statistics belong to its weights.
+        Raises:
+            ValueError: if there is no msGFM checkpoint.
         """
         if not self.init_from:
+            return None
+        try:
+            entries = PreTrainedConfig.get_config_dict(self.init_from)[0]
+        except OSError as error:
+            raise ValueError(
+                f"`init_from` must be a checkpoint, a folder or a repository of the Hub, got {self.init_from!r}, which "
+                f"cannot be read ({str(error).splitlines()[0]}). Check the name."
+            ) from error
+        if entries.get("model_type") != MsGFMConfig.model_type:
+            raise ValueError(
+                f"`init_from` must be an msGFM checkpoint, got one of type {entries.get('model_type')!r} in "
+                f"{self.init_from!r}. Turn it into one with `msgfm convert`."
+            )
+        return MsGFMConfig.from_pretrained(self.init_from)
+
+    def model_config(
+        self, sensors: dict[str, dict], inputs: dict[str, list[str]], start: MsGFMConfig | None = None
+    ) -> MsGFMConfig:
+        """The configuration of the model this recipe trains, with exactly these sensors.
+
+        With `start` the architecture is that of this configuration, but for the fields of `model`.
+        """
+        if start is None:
             return MsGFMConfig(**{**MODEL_SIZES[self.model_size], **self.model}, sensors=sensors, inputs=inputs)
-        start = MsGFMConfig.from_pretrained(self.init_from)
         everyones = {entry.name for entry in dataclasses.fields(PreTrainedConfig)}
         own = [entry.name for entry in dataclasses.fields(MsGFMConfig) if entry.name not in everyones]
         fields = {name: getattr(start, name) for name in own if not name.startswith("_")}
-        sensors = {sensor: start.sensors.get(sensor, spec) for sensor, spec in sensors.items()}
+        # Networks of the offset keep the scale they were learned with.
+        fields["pretrained_window_sizes"] = [
+            0 if window == self.model.get("window_size", start.window_size) else window
+            for window in (size or start.window_size for size in start.pretrained_window_sizes)
+        ]
         return MsGFMConfig(**{**fields, **self.model, "sensors": sensors, "inputs": inputs})
 
     def warmup(self, max_steps: int) -> int:
