@@ -592,6 +592,20 @@ def test_a_network_of_the_offset_is_evaluated_anew_for_another_window(pretrained
         torch.testing.assert_close(model(images).last_hidden_state, expected, atol=5e-4, rtol=0)
 
 
+def test_a_source_without_its_coordinates_is_remarked_on(tmp_path):
+    """What offsets were divided by is in no weight: with the buffer it is read, without it the source's own windows are
+    assumed, and said to be."""
+    tensors = make_source("v2", window=8, pretrained=4)
+    whole = convert_checkpoint(save(tmp_path, tensors), tmp_path / "whole")
+    assert not any("are assumed" in remark for remark in whole["remarks"])
+    assert whole["config"]["pretrained_window_sizes"] == {"value": [4, 4], "origin": "tensors"}
+
+    stripped = {key: value for key, value in tensors.items() if not key.endswith("relative_coords_table")}
+    report = convert_checkpoint(save(tmp_path, stripped), tmp_path / "stripped")
+    assert any("[8, 8] tokens per stage, are assumed" in remark for remark in report["remarks"])
+    assert report["config"]["pretrained_window_sizes"] == {"value": [0, 0], "origin": "assumed"}
+
+
 # ------------------------------------------------------------------------------------------------- bands, and experts
 
 

@@ -10,6 +10,8 @@ import torch
 from .translation import SENSOR, Translation
 
 _BLOCK = re.compile(r"encoder\.layers\.(\d+)\.blocks\.(\d+)\.(.+)")
+# The origin of a value that a source does not tell, on which a conversion remarks.
+ASSUMED = "assumed"
 # Read from tensors, so a source that states something else is two checkpoints in one.
 _CHECKED = ("patch_size", "embed_dim", "depths", "num_heads", "mlp_ratio", "qkv_bias", "num_labels")
 # In no tensor: taken from what a source states, else the defaults.
@@ -152,12 +154,13 @@ def read_architecture(
             fields[name], origins[name] = stated[name], "stored configuration"
     if "mask_patch_size" not in fields:
         fields["mask_patch_size"], origins["mask_patch_size"] = stride, "the encoder's stride"
+    pretrained, origins["pretrained_window_sizes"] = _pretrained_windows(buffers, windows, stated)
     return Architecture(
         fields=fields,
         origins=origins,
         num_bands=num_bands,
         windows=windows,
-        pretrained_windows=_pretrained_windows(buffers, windows, stated),
+        pretrained_windows=pretrained,
         whole_windows=not any(grid % window for grid, window in zip(grids, windows, strict=True)),
         decoder_bands=decoder_bands,
         labels=stated.get("id2label", {}),
@@ -318,16 +321,20 @@ def _image_size(
     return _same("the size of its images", found), next(iter(found.values()))
 
 
-def _pretrained_windows(buffers: Mapping, windows: list[int], stated: Mapping) -> list[int]:
-    """Per stage, the window that offsets were divided by: that of the stage, unless the source was pretrained with
-    another."""
-    pretrained = []
+def _pretrained_windows(buffers: Mapping, windows: list[int], stated: Mapping) -> tuple[list[int], str]:
+    """Per stage, the window that offsets were divided by, and how it is known: that of the stage, unless the source was
+    pretrained with another."""
+    pretrained, origin = [], "tensors"
+    known = list(stated.get("pretrained_window_sizes") or ())
     for stage, window in enumerate(windows):
         name = f"encoder.layers.{stage}.blocks.0.attention.relative_coords_table"
-        known = list(stated.get("pretrained_window_sizes") or ())
         if name in buffers and window > 1:
             largest = buffers[name].flatten()[-1].item()
             pretrained.append(round(8 * (window - 1) / (2 ** (3 * largest) - 1)) + 1)
+        elif stage < len(known):
+            pretrained.append(known[stage] or window)
+            origin = "stored configuration"
         else:
-            pretrained.append(known[stage] if stage < len(known) and known[stage] else window)
-    return pretrained
+            pretrained.append(window)
+            origin = ASSUMED if window > 1 else origin
+    return pretrained, origin

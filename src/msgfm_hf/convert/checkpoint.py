@@ -26,7 +26,7 @@ from msgfm_hf.model.modeling_msgfm import (
 from msgfm_hf.model.sensors import SENSORS, BandSpec, SensorSpec
 
 from . import gfm, hf_swin, satlas, simmim, swin, swin_moe, swinv2
-from .architecture import Architecture, read_architecture
+from .architecture import ASSUMED, Architecture, read_architecture
 from .source import RankFiles, Source, read_source
 from .translation import SENSOR, Translation
 from .windows import centre_table, resize_table
@@ -334,6 +334,12 @@ def _fit_windows(translation: Translation, architecture: Architecture, fields: d
     window, patch = fields["window_size"], fields["patch_size"]
     if fields["position_bias"] == "log_cpb":
         learned = architecture.pretrained_windows
+        if architecture.origins["pretrained_window_sizes"] == ASSUMED:
+            translation.remarks.append(
+                "the source does not tell the windows of its pretraining, by which offsets are divided: its own, "
+                f"{learned} tokens per stage, are assumed. Numbers differ from the original's if it was fine-tuned in "
+                "larger ones; its `relative_coords_table` or its configuration would tell"
+            )
         if window != max(architecture.windows):
             translation.remarks.append(
                 f"position biases are networks of the offset, learned in windows of {learned} tokens per stage and "
