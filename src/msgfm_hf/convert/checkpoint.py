@@ -104,8 +104,9 @@ def convert_checkpoint(
     source = read_source(sources)
     with _foreign_shapes():
         model, report = _convert(source, layout, image_size, sensor, bands, num_experts, window_size)
-    _write(model, MsGFMImageProcessor.from_config(model.config), {**report, "command": command}, out)
-    return {**report, "command": command}
+    report["command"] = command
+    _write(model, MsGFMImageProcessor.from_config(model.config), report, out)
+    return report
 
 
 @contextmanager
@@ -154,7 +155,7 @@ def _convert(
         fields["id2label"] = architecture.labels or {number: f"LABEL_{number}" for number in range(num_labels)}
     config = MsGFMConfig(sensors={spec.id: spec.to_dict()}, inputs={spec.id: names}, **fields)
     _fit_bands(translation, architecture, config, spec)
-    model = _build(translation, config, "decoders" if architecture.decoder_bands is not None else "")
+    model = _build(translation, config, with_decoder=architecture.decoder_bands is not None)
     translation.finish()
     if not architecture.whole_windows:
         translation.remarks.append(
@@ -213,7 +214,7 @@ def _find_layout(source: Source, wanted: str):
     if found is None:
         stranger = next((what for key, what in _STRANGERS if key in source.tensors), None)
         keys = sorted(source.tensors)
-        seen = f"{stranger}" if stranger else f"keys such as {', '.join(keys[:3])}"
+        seen = stranger or f"keys such as {', '.join(keys[:3])}"
         folder = source.config.get("model_type")
         seen = f"a Transformers model of type {folder!r}" if folder else seen
         raise ValueError(
@@ -308,7 +309,7 @@ def _make_sensor(
 def _new_sensor(sensor: str, bands: Sequence[str]) -> SensorSpec:
     """A sensor of pictures with these bands; those that a picture does not have take the mean over those it has."""
     known = {band.name: band for band in SENSORS["naip"].bands}
-    usual = [band for band in SENSORS["rgb"].bands]
+    usual = SENSORS["rgb"].bands
     mean = sum(band.mean for band in usual) / len(usual)
     std = sum(band.std for band in usual) / len(usual)
     return SensorSpec(
@@ -439,7 +440,7 @@ def _fit_bands(translation: Translation, architecture: Architecture, config: MsG
         translation.remarks.append("the decoder is fresh: that of the source predicts other bands than the input has")
 
 
-def _build(translation: Translation, config: MsGFMConfig, with_decoder: str) -> MsGFMPreTrainedModel:
+def _build(translation: Translation, config: MsGFMConfig, with_decoder: bool) -> MsGFMPreTrainedModel:
     """The model of the tensors; what no source has is initialised, the same way each time."""
     sensor = next(iter(config.sensors))
     for name in list(translation.tensors):

@@ -8,6 +8,19 @@ from .translation import RECOMPUTED, SENSOR, Translation
 NAME = "satlas"
 
 _BLOCK = r"features\.(\d+)\.(\d+)\."
+# The parts of a block by their names here.
+_PARTS = {
+    **{f"norm1.{kind}": f"layernorm_before.{kind}" for kind in ("weight", "bias")},
+    **{f"norm2.{kind}": f"layernorm_after.{kind}" for kind in ("weight", "bias")},
+    **{f"mlp.0.{kind}": f"mlp.fc1.{kind}" for kind in ("weight", "bias")},
+    **{f"mlp.3.{kind}": f"mlp.fc2.{kind}" for kind in ("weight", "bias")},
+    **{f"attn.{name}": f"attention.{name}" for name in ("qkv.weight", "proj.weight", "proj.bias", "logit_scale")},
+    "attn.relative_position_bias_table": "attention.relative_position_bias_table",
+    **{
+        f"attn.cpb_mlp.{name}": f"attention.continuous_position_bias_mlp.{name}"
+        for name in ("0.weight", "0.bias", "2.weight")
+    },
+}
 # Satlas wraps the backbone once for one image, and twice for several images of a place.
 _FIRST = re.compile(r"((?:backbone\.)*)features\.0\.0\.weight")
 
@@ -69,20 +82,8 @@ def _stage_key(translation: Translation, key: str, inside: str):
         return
     path = f"encoder.layers.{int(block[1]) // 2}.blocks.{block[2]}."
     part, tensor = block[3], translation.given[key]
-    renamed = {
-        **{f"norm1.{kind}": f"layernorm_before.{kind}" for kind in ("weight", "bias")},
-        **{f"norm2.{kind}": f"layernorm_after.{kind}" for kind in ("weight", "bias")},
-        **{f"mlp.0.{kind}": f"mlp.fc1.{kind}" for kind in ("weight", "bias")},
-        **{f"mlp.3.{kind}": f"mlp.fc2.{kind}" for kind in ("weight", "bias")},
-        **{f"attn.{name}": f"attention.{name}" for name in ("qkv.weight", "proj.weight", "proj.bias", "logit_scale")},
-        "attn.relative_position_bias_table": "attention.relative_position_bias_table",
-        **{
-            f"attn.cpb_mlp.{name}": f"attention.continuous_position_bias_mlp.{name}"
-            for name in ("0.weight", "0.bias", "2.weight")
-        },
-    }
-    if part in renamed:
-        translation.load(key, path + renamed[part], tensor)
+    if part in _PARTS:
+        translation.load(key, path + _PARTS[part], tensor)
     elif part == "attn.qkv.bias" and key.replace("qkv.bias", "logit_scale") in translation.given:
         query, _, value = tensor.chunk(3)
         how = "split; the part of the keys is dropped, which torchvision sets to zero when it runs"
